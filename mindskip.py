@@ -1,0 +1,481 @@
+"""MindSkip: attention that runs only where a tiny router, tuned on a frozen model, says so.
+
+Paper: He et al., "Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth in
+Transformers", arXiv 2410.13184v6 (EMNLP 2025). For the attention F of a routed layer, x its
+normalised input, and one gate for each sequence:
+
+    r = mean_t(x_t) . w      s = sigmoid(r)      m = 1[s >= tau]      y = residual + m * F(x)
+
+    B rows in the batch    T tokens in this call    S tokens visible through the KV cache
+    D hidden size          L decoder layers
+
+    router       w, the linear map that makes a logit r; (D,), float32, no bias, starts at zero
+    score        s, the sigmoid of the logit
+    threshold    tau; the gate opens where score >= threshold
+    gate         m, exactly 0.0 or 1.0; 1 runs attention
+    capacity     the fraction of gates that should open (a setting)
+    keep ratio   the fraction that did open (a measurement)
+    voters       the tokens that the mean is taken over: a prompt's, never padding's or an answer's
+
+Training computes every attention and multiplies by the gate, so that closed gates learn too.
+Evaluation calls nothing for a closed gate and caches nothing; both give the same logits.
+
+Differs from the paper, in what it does: padding and answers have no vote, and a sequence is routed
+once, at prefill. Absent on purpose: the MLP, block and token granularities, which the paper found
+worse, and copies of modelling code: any Hugging Face decoder whose layers hold `self_attn` will do.
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class MindSkipConfig:
+    """What a saved router is.
+
+    Args:
+        layers: indices of the routed decoder layers. Never layer 0: the KV cache takes its length from it.
+        granularity: what is gated, and the unit that shares a gate.
+        threshold: score in [0, 1] at or above which a gate opens.
+        capacity: target keep ratio, a fraction in [0, 1].
+    """
+
+    layers: tuple[int, ...]
+    granularity: str = "attention-sequence"
+    threshold: float = 0.5
+    capacity: float = 0.5
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or any(type(i) is not int or i < 1 for i in self.layers):
+            raise ValueError(f"layers must be one or more integers from 1 up (0 is never routed), got {self.layers}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers must not repeat, got {self.layers}")
+        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        if self.granularity != "attention-sequence":
+            raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
+        for name in ("threshold", "capacity"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The idea: a score, a hard step, and a gradient that ignores the step
+
+
+def straight_through(score: Tensor, threshold: float) -> Tensor:
+    """Gate m = 1[score >= threshold], with dL/dscore := dL/dm.  Source: arXiv 2410.13184v6, Eq. 3/5."""
+    hard = (score >= threshold).to(score.dtype)
+    # Parentheses matter: (hard + score) - score.detach() rounds away from 0 and 1.
+    return hard + (score - score.detach())
+
+
+class Router(nn.Module):
+    """One logit for each sequence from the mean over its voters; float32 whatever the model's dtype."""
+
+    def __init__(self, hidden_size: int, device: torch.device | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # score 0.5: open, the dense model
+
+    def forward(self, x: Tensor, voters: Tensor | None) -> Tensor:
+        """Score each row of x (B, T, D), over voters (B, T) bool or None for all: (B, 1, 1) in (0, 1)."""
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 a logit of -0.004 would round to "open"
+            if voters is None:
+                mean = x.float().mean(1)  # (B, D)
+            else:
+                share = voters / voters.sum(1, keepdim=True)  # (B, T), float32
+                mean = (share[:, None] @ x.float())[:, 0]  # (B, D)
+            return torch.sigmoid(mean @ self.weight)[:, None, None]  # (B, 1, 1)
+
+    def _apply(self, fn, recurse=True):
+        exact = self.weight.data  # model.to(bfloat16) moves the router but must not round it
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            self.weight.data = exact.to(self.weight.device)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------
+# Who votes, and where a decision lives
+
+
+class _Voters:
+    """Which tokens vote in the current forward; worked out only when a router asks, so never in decoding."""
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder, self.said_above, self.source, self.mask = decoder, False, (None, None, None), None
+
+    def listen(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of the model and of its decoder: note the masks, and take `voters` off."""
+        if module is self.decoder and self.said_above:
+            self.said_above = False
+            return None
+        self.said_above = module is not self.decoder
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.source, self.mask = (kwargs.pop("voters", None), kwargs.get("labels"), attention_mask), None
+        return args, kwargs
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """(B, T) bool, or None when every token of x (B, T, D) votes; the same tensor for every layer."""
+        if self.mask is None and any(given is not None for given in self.source):
+            self.mask = self._work_out(x)
+        return None if self.mask is None else self.mask.to(x.device)
+
+    def _work_out(self, x: Tensor) -> Tensor:
+        voters, labels, attention_mask = self.source
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if voters is not None:
+            if voters.shape != mask.shape:
+                raise ValueError(f"voters must have shape {tuple(mask.shape)}, got {tuple(voters.shape)}")
+            mask = mask & voters.bool().to(x.device)
+        elif labels is not None:
+            # Tokens before the first one that is scored; a label at position 0 never is (nothing predicts it).
+            scored = nn.functional.pad(labels[:, 1:] != -100, (1, 0))
+            mask = mask & (scored.cumsum(1) == 0).to(x.device)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            mask = mask & attention_mask[:, -x.shape[1] :].bool().to(x.device)
+        elif attention_mask is not None and voters is None:
+            raise ValueError("a 4-D attention mask does not say which tokens are padding: pass voters, (B, T) bool")
+        if not (has_voter := mask.any(1)).all():
+            raise ValueError(f"rows {(~has_voter).nonzero()[:, 0].tolist()} have no token that votes")
+        return mask
+
+
+class RoutedCacheLayer:
+    """A layer of a KV cache with its routing decision: holds the original layer, for the kept rows only.
+
+    gate: (B, 1, 1) float32, None until the sequences have been routed. rows: (kept,) indices of the rows
+    whose gate is open, None for all. The length is that of the first layer, which every row runs.
+    """
+
+    def __init__(self, inner: CacheLayerMixin, first: CacheLayerMixin):
+        self.inner, self.first, self.gate, self.rows = inner, first, None, None
+
+    def __getattr__(self, name):
+        if name == "inner" or name.startswith("__"):  # copy.deepcopy asks before there is an inner
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def cumulative_length(self) -> int:
+        return self.first.get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.first.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return type(self.inner).get_mask_sizes(self, query_length)  # its own rule, on the true length
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        expected = keys.shape[0] if self.gate is None else len(self.gate) if self.rows is None else len(self.rows)
+        if keys.shape[0] != expected:
+            raise ValueError(f"this KV cache was made by a routed model: it holds {expected} rows, not {keys.shape[0]}")
+        return self.inner.update(keys, values, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.inner.is_initialized:
+            self.inner.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.gate = self.rows = None
+        self.inner.reset()
+
+    def reorder_cache(self, index: Tensor) -> None:
+        """Make row i what row index[i] was; index may be longer or shorter than the batch."""
+        if self.gate is None:
+            return self.inner.reorder_cache(index)
+        index = index.to(self.gate.device)
+        if self.rows is None:
+            self.inner.reorder_cache(index)
+        else:
+            place = torch.full((len(self.gate),), -1, device=index.device)
+            place[self.rows] = torch.arange(len(self.rows), device=index.device)
+            place = place[index]
+            self.inner.reorder_cache(place[place >= 0])
+            self.rows = (place >= 0).nonzero()[:, 0]
+        self.gate = self.gate[index]
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.gate is not None:
+            self.reorder_cache(torch.arange(len(self.gate)).repeat_interleave(repeats))
+
+
+CacheLayerMixin.register(RoutedCacheLayer)
+
+
+# ---------------------------------------------------------------------------------------------
+# The wrapper around attention
+
+
+class MindSkip(nn.Module):
+    """Attention with a gate; holds the original attention, and the layer norm that serves it alone (or Identity)."""
+
+    def __init__(self, attention: nn.Module, layer: int, config: MindSkipConfig, hidden_size: int, voters: _Voters):
+        super().__init__()
+        device = next(attention.parameters()).device
+        self.attention, self.norm, self.norm_name = attention, nn.Identity(), None
+        self.router = Router(hidden_size, device)
+        self.layer, self.config, self.voters = layer, config, voters
+        self.fixed = None  # fix_gates overrules the router
+        self.gate = None  # (B, 1, 1) float32, of the last forward
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Attention of (B, T, D) where the gate is open, zeros elsewhere; returns (output, attention weights)."""
+        cache = kwargs.get("past_key_values")
+        if self.training:
+            if cache is not None and cache.get_seq_length(self.layer) > 0:
+                raise ValueError("training mode cannot continue a KV cache: call model.eval(), and start a new cache")
+            x = self.norm(hidden_states)
+            self.gate = self._route(x)
+            output, weights = self.attention(hidden_states=x, **kwargs)
+            return output * self.gate.to(output.dtype), weights
+
+        memory = None if cache is None else self._memory(cache)
+        x = None
+        if memory is not None and memory.gate is not None:
+            self.gate, rows = memory.gate, memory.rows  # routed at prefill: no router, no device sync
+        else:
+            if self.fixed is None:
+                x = self.norm(hidden_states)
+            self.gate = self._route(hidden_states if x is None else x)
+            rows = self.gate.flatten().nonzero()[:, 0]  # the one device sync, at prefill
+            rows = None if len(rows) == len(self.gate) else rows
+            if memory is not None:
+                memory.gate, memory.rows = self.gate.detach(), rows
+
+        if rows is None:
+            return self.attention(hidden_states=self.norm(hidden_states) if x is None else x, **kwargs)
+        output = torch.zeros_like(hidden_states)
+        if len(rows) == 0:
+            return output, None
+        x = self.norm(hidden_states[rows]) if x is None else x[rows]  # (kept, T, D)
+        kept, weights = self.attention(hidden_states=x, **_take_rows(kwargs, rows, len(output)))
+        return output.index_copy(0, rows, kept), weights
+
+    def _route(self, x: Tensor) -> Tensor:
+        """The gate (B, 1, 1) of new sequences x (B, T, D)."""
+        if self.fixed is None:
+            return straight_through(self.router(x, self.voters.of(x)), self.config.threshold)
+        gate = torch.as_tensor(self.fixed, device=x.device).float().reshape(-1, 1, 1)
+        if len(gate) not in (1, len(x)):
+            raise ValueError(f"fix_gates gave layer {self.layer} {len(gate)} gates for a batch of {len(x)} rows")
+        return gate.expand(len(x), 1, 1)
+
+    def _memory(self, cache) -> RoutedCacheLayer:
+        """This layer of the KV cache, where the decision lives."""
+        while len(cache.layers) <= self.layer:
+            cache.layers.append(cache.layer_class_to_replicate())
+        found = cache.layers[self.layer]
+        if isinstance(found, RoutedCacheLayer):
+            return found
+        if isinstance(found, StaticLayer):
+            raise ValueError("a static KV cache has room for every row; use a DynamicCache, which MindSkip can shrink")
+        if found.get_seq_length() > 0:
+            raise ValueError("this KV cache was begun without routers, or in training mode: start a new one")
+        first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+        cache.layers[self.layer] = RoutedCacheLayer(found, first)
+        return cache.layers[self.layer]
+
+
+def _take_rows(value, rows: Tensor, batch: int):
+    """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: _take_rows(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_take_rows(item, rows, batch) for item in value)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Attaching and detaching
+
+
+def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
+    """Put a closed-or-open gate before the attention of `config.layers`, in place; routers start at zero (dense).
+
+    Raises:
+        ValueError: if the model has routers already, or a layer is out of range or holds no `self_attn`.
+    """
+    if _routed(model):
+        raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", ())
+    if config.layers[-1] >= len(layers):
+        raise ValueError(f"layers must lie in 1..{len(layers) - 1} for {type(model).__name__}, got {config.layers}")
+    with_attention = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
+    if unfit := [i for i in config.layers if i not in with_attention[1:]]:
+        raise ValueError(f"layers {unfit} cannot be routed: only {with_attention[1:]} hold `self_attn` after the first")
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ValueError(f"{type(model).__name__} shares keys and values between layers: skipping one breaks others")
+    voters = _Voters(decoder)
+    voters.handles = [
+        module.register_forward_pre_hook(voters.listen, with_kwargs=True) for module in {model: 0, decoder: 0}
+    ]
+    for i in config.layers:
+        layers[i].self_attn = MindSkip(layers[i].self_attn, i, config, text.hidden_size, voters)
+        _move_norm(layers[i], torch.randn(1, 1, text.hidden_size, dtype=model.dtype, device=model.device))
+        # A new module is in training mode, and would compute everything.
+        layers[i].self_attn.train(layers[i].training)
+        layers[i].self_attn.register_state_dict_post_hook(_base_names)
+    return model
+
+
+def remove_mindskip(model: nn.Module) -> nn.Module:
+    """The original model again: the very modules that it had, and no hooks."""
+    for skip in _routed(model):
+        layer = model.get_decoder().layers[skip.layer]
+        layer.self_attn = skip.attention
+        if skip.norm_name is not None:
+            setattr(layer, skip.norm_name, skip.norm)
+        for handle in skip.voters.handles:
+            handle.remove()
+    return model
+
+
+@torch.no_grad()
+def _move_norm(layer: nn.Module, hidden: Tensor) -> None:
+    """Move the layer norm into the wrapper, so that a closed gate skips it too, if it serves attention alone.
+
+    Families differ, so this looks: with attention closed, the norm is the child whose absence shows attention
+    the bare residual stream and changes nothing else. (Shared with the MLP: something else changes.)
+    """
+    skip, seen = layer.self_attn, []
+    skip.eval().fixed = False
+    hook = skip.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+
+    def run():
+        output = layer(hidden, position_embeddings=None)
+        return output[0] if isinstance(output, tuple) else output
+
+    expected = run()
+    for name, child in list(layer.named_children()):
+        if child is skip or seen[0]["hidden_states"] is hidden:
+            continue
+        setattr(layer, name, nn.Identity())
+        if torch.equal(run(), expected) and seen[-1]["hidden_states"] is hidden:
+            skip.norm, skip.norm_name = child, name
+            break
+        setattr(layer, name, child)
+    hook.remove()
+    skip.fixed = None
+
+
+def _base_names(skip: MindSkip, state: dict, prefix: str, metadata) -> None:
+    """Give state_dict the base model's names, so that save_pretrained writes a checkpoint that it can load."""
+    outer = prefix.removesuffix("self_attn.")
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.startswith("attention."):
+            state[prefix + name.removeprefix("attention.")] = state.pop(key)
+        elif name.startswith("norm."):
+            state[outer + skip.norm_name + name.removeprefix("norm")] = state.pop(key)
+
+
+def _routed(model: nn.Module) -> list[MindSkip]:
+    return [module for module in model.modules() if isinstance(module, MindSkip)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tuning: what may change, and the loss that asks for skipping
+
+
+def router_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Exactly what tuning may change: one weight (D,) for each routed layer, first layer first."""
+    return [skip.router.weight for skip in _routed(model)]
+
+
+def _last_gates(model: nn.Module) -> Tensor:
+    gates = [skip.gate for skip in _routed(model)]
+    if not gates or any(gate is None for gate in gates):
+        raise ValueError("no gates yet: the model needs routers (add_mindskip) and a forward pass")
+    return torch.cat([gate.flatten().to(gates[0].device) for gate in gates])  # (routed layers * B,)
+
+
+def capacity_loss(model: nn.Module, capacity: float) -> Tensor:
+    """ReLU(mean gate - capacity) of the last forward, a fraction in [0, 1].
+
+    Source: arXiv 2410.13184v6, Eq. 9/10. One budget over all routed layers, as ||M||_0 of all gates:
+    the released code has one for each layer, so that no layer can lend what it does not need.
+    """
+    return torch.relu(_last_gates(model).mean() - capacity)
+
+
+def keep_ratio(model: nn.Module) -> float:
+    """The fraction of gates, over routed layers and rows, that were open in the last forward."""
+    return _last_gates(model).mean().item()
+
+
+@contextmanager
+def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
+    """Overrule routers: {layer: one bool, or a (B,) bool tensor}. Layers not named keep their router."""
+    skips = {skip.layer: skip for skip in _routed(model)}
+    if unknown := sorted(set(gates) - set(skips)):
+        raise ValueError(f"layers {unknown} are not routed; routed are {sorted(skips)}")
+    before = {layer: skips[layer].fixed for layer in gates}
+    try:
+        for layer, gate in gates.items():
+            skips[layer].fixed = gate
+        yield model
+    finally:
+        for layer, gate in before.items():
+            skips[layer].fixed = gate
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+def _shape_of(model: nn.Module) -> dict:
+    text = model.config.get_text_config(decoder=True)
+    return {"model_type": text.model_type, "hidden_size": text.hidden_size, "num_layers": text.num_hidden_layers}
+
+
+def save_routers(model: nn.Module, path: str | Path, **about) -> None:
+    """Write routers and configuration, a few KB of safetensors; `about` (JSON values) goes into its metadata."""
+    skips = _routed(model)
+    if not skips:
+        raise ValueError("the model has no routers to save: call add_mindskip first")
+    tensors = {f"layers.{skip.layer}.router.weight": skip.router.weight.detach().cpu() for skip in skips}
+    described = {"config": asdict(skips[0].config), "model": _shape_of(model), "about": about}
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    save_file(tensors, partial, {"mindskip": json.dumps(described)})
+    partial.replace(path)  # all or nothing
+
+
+def load_routers(model: nn.Module, path: str | Path) -> nn.Module:
+    """Attach the routers saved at `path` to the model that they were tuned for, and return it.
+
+    Raises:
+        ValueError: if the file holds no routers, or routers for a model of another type, width or depth.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {})["mindskip"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            config = MindSkipConfig(**described["config"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
+    if described["model"] != _shape_of(model):
+        raise ValueError(f"{path} was tuned for {described['model']}, but this model is {_shape_of(model)}")
+    add_mindskip(model, config)
+    for skip in _routed(model):
+        skip.router.weight.data.copy_(tensors[f"layers.{skip.layer}.router.weight"])
+    return model
