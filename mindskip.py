@@ -1,34 +1,28 @@
 """MindSkip: attention that runs only where a tiny router, tuned on a frozen model, says so.
 
 Paper: He et al., "Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth in
-Transformers", arXiv 2410.13184v6 (EMNLP 2025). For the attention F of a routed layer, x its
-normalised input, and one gate for each sequence:
+Transformers", arXiv 2410.13184v6. For attention F, its normalised input x, a gate for each sequence:
 
     r = mean_t(x_t) . w      s = sigmoid(r)      m = 1[s >= tau]      y = residual + m * F(x)
 
-    B rows in the batch    T tokens in this call    S tokens visible through the KV cache
-    D hidden size          L decoder layers
-
-    router       w, the linear map that makes a logit r; (D,), float32, no bias, starts at zero
-    score        s, the sigmoid of the logit
-    threshold    tau; the gate opens where score >= threshold
-    gate         m, exactly 0.0 or 1.0; 1 runs attention
-    capacity     the fraction of gates that should open (a setting)
-    keep ratio   the fraction that did open (a measurement)
-    voters       the tokens that the mean is taken over: a prompt's, never padding's or an answer's
+    router      w, the linear map that makes a logit r; (D,), float32, no bias, starts at zero
+    score       s, the sigmoid of the logit
+    threshold   tau; the gate opens where score >= threshold
+    gate        m, exactly 0.0 or 1.0; 1 runs attention
+    capacity    the fraction of gates that should open (a setting); keep ratio: that did (a result)
+    voters      the tokens that the mean is taken over: a prompt's, never padding's or an answer's
+    shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
 
 Training computes every attention and multiplies by the gate, so that closed gates learn too.
 Evaluation calls nothing for a closed gate and caches nothing; both give the same logits.
 
-Differs from the paper, in what it does: padding and answers have no vote, and a sequence is routed
-once, at prefill. Absent on purpose: the MLP, block and token granularities, which the paper found
-worse, and copies of modelling code: any Hugging Face decoder whose layers hold `self_attn` will do.
+Differs from the paper: only prompt tokens vote, and a sequence is routed once, at prefill. Absent
+on purpose: MLP, block and token granularity (worse in the paper), and copies of modelling code.
 """
 
 import json
-import math
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -37,33 +31,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
-# ---------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ----
 
 
 @dataclass(frozen=True)
 class MindSkipConfig:
-    """What a saved router is.
+    """What a saved router is."""
 
-    Args:
-        layers: indices of the routed decoder layers. Never layer 0: the KV cache takes its length from it.
-        granularity: what is gated, and the unit that shares a gate.
-        threshold: score in [0, 1] at or above which a gate opens.
-        capacity: target keep ratio, a fraction in [0, 1].
-    """
-
-    layers: tuple[int, ...]
-    granularity: str = "attention-sequence"
-    threshold: float = 0.5
-    capacity: float = 0.5
+    layers: tuple[int, ...]  # routed decoder layers; never layer 0: the KV cache takes its length from it
+    granularity: str = "attention-sequence"  # what is gated, and the unit that shares a gate
+    threshold: float = 0.5  # score in [0, 1] at or above which a gate opens
+    capacity: float = 0.5  # target keep ratio, a fraction in [0, 1]
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or any(type(i) is not int or i < 1 for i in self.layers):
-            raise ValueError(f"layers must be one or more integers from 1 up (0 is never routed), got {self.layers}")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers must not repeat, got {self.layers}")
-        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        layers = tuple(self.layers)
+        if not layers or len(set(layers)) < len(layers) or any(type(i) is not int or i < 1 for i in layers):
+            raise ValueError(f"layers must be different integers from 1 up (layer 0 is never routed), got {layers}")
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.granularity != "attention-sequence":
             raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
         for name in ("threshold", "capacity"):
@@ -72,10 +56,7 @@ class MindSkipConfig:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The idea: a score, a hard step, and a gradient that ignores the step
-
-
+# ---- The idea: a score, a hard step, and a gradient that ignores the step ----
 def straight_through(score: Tensor, threshold: float) -> Tensor:
     """Gate m = 1[score >= threshold], with dL/dscore := dL/dm.  Source: arXiv 2410.13184v6, Eq. 3/5."""
     hard = (score >= threshold).to(score.dtype)
@@ -93,49 +74,39 @@ class Router(nn.Module):
     def forward(self, x: Tensor, voters: Tensor | None) -> Tensor:
         """Score each row of x (B, T, D), over voters (B, T) bool or None for all: (B, 1, 1) in (0, 1)."""
         with torch.autocast(x.device.type, enabled=False):  # in bf16 a logit of -0.004 would round to "open"
-            if voters is None:
-                mean = x.float().mean(1)  # (B, D)
-            else:
-                share = voters / voters.sum(1, keepdim=True)  # (B, T), float32
-                mean = (share[:, None] @ x.float())[:, 0]  # (B, D)
+            share = None if voters is None else voters / voters.sum(1, keepdim=True)  # (B, T), float32
+            mean = x.float().mean(1) if share is None else (share[:, None] @ x.float())[:, 0]  # (B, D)
             return torch.sigmoid(mean @ self.weight)[:, None, None]  # (B, 1, 1)
 
     def _apply(self, fn, recurse=True):
-        exact = self.weight.data  # model.to(bfloat16) moves the router but must not round it
+        exact = self.weight.data
         super()._apply(fn, recurse)
-        if not self.weight.is_meta:
-            self.weight.data = exact.to(self.weight.device)
+        self.weight.data = exact.to(self.weight.device)  # model.to(bfloat16) moves the router, but must not round it
         return self
 
 
-# ---------------------------------------------------------------------------------------------
-# Who votes, and where a decision lives
-
-
+# ---- Who votes, and where a decision lives ----
 class _Voters:
     """Which tokens vote in the current forward; worked out only when a router asks, so never in decoding."""
 
     def __init__(self, decoder: nn.Module):
         self.decoder, self.said_above, self.source, self.mask = decoder, False, (None, None, None), None
 
-    def listen(self, module: nn.Module, args: tuple, kwargs: dict):
+    def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the model and of its decoder: note the masks, and take `voters` off."""
-        if module is self.decoder and self.said_above:
-            self.said_above = False
-            return None
+        if module is not self.decoder or not self.said_above:
+            attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            self.source, self.mask = (kwargs.pop("voters", None), kwargs.get("labels"), attention_mask), None
         self.said_above = module is not self.decoder
-        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.source, self.mask = (kwargs.pop("voters", None), kwargs.get("labels"), attention_mask), None
         return args, kwargs
 
     def of(self, x: Tensor) -> Tensor | None:
-        """(B, T) bool, or None when every token of x (B, T, D) votes; the same tensor for every layer."""
-        if self.mask is None and any(given is not None for given in self.source):
-            self.mask = self._work_out(x)
-        return None if self.mask is None else self.mask.to(x.device)
-
-    def _work_out(self, x: Tensor) -> Tensor:
+        """(B, T) bool, or None when every token of x (B, T, D) votes. ValueError if a row has no voter."""
         voters, labels, attention_mask = self.source
+        if voters is None and labels is None and attention_mask is None:
+            return None
+        if self.mask is not None:
+            return self.mask.to(x.device)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if voters is not None:
             if voters.shape != mask.shape:
@@ -151,6 +122,7 @@ class _Voters:
             raise ValueError("a 4-D attention mask does not say which tokens are padding: pass voters, (B, T) bool")
         if not (has_voter := mask.any(1)).all():
             raise ValueError(f"rows {(~has_voter).nonzero()[:, 0].tolist()} have no token that votes")
+        self.mask = mask
         return mask
 
 
@@ -169,24 +141,22 @@ class RoutedCacheLayer:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    @property
-    def cumulative_length(self) -> int:
-        return self.first.get_seq_length()
-
     def get_seq_length(self) -> int:
         return self.first.get_seq_length()
+
+    cumulative_length = property(get_seq_length)  # a sliding layer's word for it
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return type(self.inner).get_mask_sizes(self, query_length)  # its own rule, on the true length
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        expected = keys.shape[0] if self.gate is None else len(self.gate) if self.rows is None else len(self.rows)
+        expected = len(self.gate if self.rows is None else self.rows)
         if keys.shape[0] != expected:
             raise ValueError(f"this KV cache was made by a routed model: it holds {expected} rows, not {keys.shape[0]}")
         return self.inner.update(keys, values, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.inner.is_initialized:
+        if self.inner.is_initialized:  # closed for all rows: nothing to crop
             self.inner.crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -195,13 +165,11 @@ class RoutedCacheLayer:
 
     def reorder_cache(self, index: Tensor) -> None:
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
-        if self.gate is None:
-            return self.inner.reorder_cache(index)
         index = index.to(self.gate.device)
         if self.rows is None:
             self.inner.reorder_cache(index)
         else:
-            place = torch.full((len(self.gate),), -1, device=index.device)
+            place = torch.full((len(self.gate),), -1, device=index.device)  # where a row's keys are, -1 nowhere
             place[self.rows] = torch.arange(len(self.rows), device=index.device)
             place = place[index]
             self.inner.reorder_cache(place[place >= 0])
@@ -211,17 +179,13 @@ class RoutedCacheLayer:
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.gate is not None:
-            self.reorder_cache(torch.arange(len(self.gate)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self.gate)).repeat_interleave(repeats))
 
 
-CacheLayerMixin.register(RoutedCacheLayer)
+CacheLayerMixin.register(RoutedCacheLayer)  # transformers asks isinstance
 
 
-# ---------------------------------------------------------------------------------------------
-# The wrapper around attention
-
-
+# ---- The wrapper around attention ----
 class MindSkip(nn.Module):
     """Attention with a gate; holds the original attention, and the layer norm that serves it alone (or Identity)."""
 
@@ -232,7 +196,7 @@ class MindSkip(nn.Module):
         self.router = Router(hidden_size, device)
         self.layer, self.config, self.voters = layer, config, voters
         self.fixed = None  # fix_gates overrules the router
-        self.gate = None  # (B, 1, 1) float32, of the last forward
+        self.gate = self.score = None  # (B, 1, 1) float32; the gate of the last forward, the score of the last routing
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of (B, T, D) where the gate is open, zeros elsewhere; returns (output, attention weights)."""
@@ -245,19 +209,14 @@ class MindSkip(nn.Module):
             output, weights = self.attention(hidden_states=x, **kwargs)
             return output * self.gate.to(output.dtype), weights
 
-        memory = None if cache is None else self._memory(cache)
-        x = None
-        if memory is not None and memory.gate is not None:
-            self.gate, rows = memory.gate, memory.rows  # routed at prefill: no router, no device sync
-        else:
-            if self.fixed is None:
-                x = self.norm(hidden_states)
-            self.gate = self._route(hidden_states if x is None else x)
-            rows = self.gate.flatten().nonzero()[:, 0]  # the one device sync, at prefill
-            rows = None if len(rows) == len(self.gate) else rows
-            if memory is not None:
-                memory.gate, memory.rows = self.gate.detach(), rows
-
+        memory = RoutedCacheLayer(None, None) if cache is None else self._memory(cache)
+        x = None  # the normalised input: not computed where nobody needs it
+        if memory.gate is None:  # at prefill; afterwards no router runs, and no device sync
+            x = self.norm(hidden_states) if self.fixed is None else None
+            memory.gate = self._route(hidden_states if x is None else x).detach()
+            rows = memory.gate.flatten().nonzero()[:, 0]
+            memory.rows = rows if len(rows) < len(memory.gate) else None
+        self.gate, rows = memory.gate, memory.rows
         if rows is None:
             return self.attention(hidden_states=self.norm(hidden_states) if x is None else x, **kwargs)
         output = torch.zeros_like(hidden_states)
@@ -270,7 +229,8 @@ class MindSkip(nn.Module):
     def _route(self, x: Tensor) -> Tensor:
         """The gate (B, 1, 1) of new sequences x (B, T, D)."""
         if self.fixed is None:
-            return straight_through(self.router(x, self.voters.of(x)), self.config.threshold)
+            self.score = self.router(x, self.voters.of(x))
+            return straight_through(self.score, self.config.threshold)
         gate = torch.as_tensor(self.fixed, device=x.device).float().reshape(-1, 1, 1)
         if len(gate) not in (1, len(x)):
             raise ValueError(f"fix_gates gave layer {self.layer} {len(gate)} gates for a batch of {len(x)} rows")
@@ -281,15 +241,14 @@ class MindSkip(nn.Module):
         while len(cache.layers) <= self.layer:
             cache.layers.append(cache.layer_class_to_replicate())
         found = cache.layers[self.layer]
-        if isinstance(found, RoutedCacheLayer):
-            return found
         if isinstance(found, StaticLayer):
             raise ValueError("a static KV cache has room for every row; use a DynamicCache, which MindSkip can shrink")
-        if found.get_seq_length() > 0:
-            raise ValueError("this KV cache was begun without routers, or in training mode: start a new one")
-        first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
-        cache.layers[self.layer] = RoutedCacheLayer(found, first)
-        return cache.layers[self.layer]
+        if not isinstance(found, RoutedCacheLayer):
+            if found.get_seq_length() > 0:
+                raise ValueError("this KV cache was begun without routers, or in training mode: start a new one")
+            first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+            cache.layers[self.layer] = found = RoutedCacheLayer(found, first)
+        return found
 
 
 def _take_rows(value, rows: Tensor, batch: int):
@@ -298,42 +257,31 @@ def _take_rows(value, rows: Tensor, batch: int):
         return value[rows]
     if isinstance(value, dict):
         return {key: _take_rows(item, rows, batch) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_take_rows(item, rows, batch) for item in value)
-    return value
+    return tuple(_take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
-# ---------------------------------------------------------------------------------------------
-# Attaching and detaching
-
-
+# ---- Attaching and detaching ----
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
-    """Put a closed-or-open gate before the attention of `config.layers`, in place; routers start at zero (dense).
+    """Gate the attention of `config.layers`, in place; routers start at zero, which is the dense model.
 
-    Raises:
-        ValueError: if the model has routers already, or a layer is out of range or holds no `self_attn`.
+    Raises ValueError if the model has routers already, or a layer is out of range or holds no `self_attn`.
     """
     if _routed(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", ())
-    if config.layers[-1] >= len(layers):
-        raise ValueError(f"layers must lie in 1..{len(layers) - 1} for {type(model).__name__}, got {config.layers}")
-    with_attention = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
-    if unfit := [i for i in config.layers if i not in with_attention[1:]]:
-        raise ValueError(f"layers {unfit} cannot be routed: only {with_attention[1:]} hold `self_attn` after the first")
+    fit = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")][1:]
     text = model.config.get_text_config(decoder=True)
+    if not set(config.layers) <= set(fit):
+        raise ValueError(f"layers {config.layers}: {type(model).__name__} has `self_attn`, after its first, in {fit}")
     if getattr(text, "num_kv_shared_layers", 0):
         raise ValueError(f"{type(model).__name__} shares keys and values between layers: skipping one breaks others")
     voters = _Voters(decoder)
-    voters.handles = [
-        module.register_forward_pre_hook(voters.listen, with_kwargs=True) for module in {model: 0, decoder: 0}
-    ]
+    voters.handles = [m.register_forward_pre_hook(voters.listen, with_kwargs=True) for m in {model, decoder}]
     for i in config.layers:
         layers[i].self_attn = MindSkip(layers[i].self_attn, i, config, text.hidden_size, voters)
-        _move_norm(layers[i], torch.randn(1, 1, text.hidden_size, dtype=model.dtype, device=model.device))
-        # A new module is in training mode, and would compute everything.
-        layers[i].self_attn.train(layers[i].training)
+        _move_norm(layers[i], text.hidden_size)
+        layers[i].self_attn.train(layers[i].training)  # a new module is in training mode, and would compute everything
         layers[i].self_attn.register_state_dict_post_hook(_base_names)
     return model
 
@@ -351,26 +299,26 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _move_norm(layer: nn.Module, hidden: Tensor) -> None:
+def _move_norm(layer: nn.Module, hidden_size: int) -> None:
     """Move the layer norm into the wrapper, so that a closed gate skips it too, if it serves attention alone.
 
     Families differ, so this looks: with attention closed, the norm is the child whose absence shows attention
     the bare residual stream and changes nothing else. (Shared with the MLP: something else changes.)
     """
-    skip, seen = layer.self_attn, []
-    skip.eval().fixed = False
+    skip, seen, like = layer.self_attn, [], next(layer.parameters())
+    hidden = torch.linspace(-1, 1, hidden_size, device=like.device).to(like.dtype).reshape(1, 1, hidden_size)
     hook = skip.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    skip.eval().fixed = False
 
-    def run():
+    def run() -> tuple[Tensor, bool]:
         output = layer(hidden, position_embeddings=None)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output, seen[-1]["hidden_states"] is hidden
 
-    expected = run()
-    for name, child in list(layer.named_children()):
-        if child is skip or seen[0]["hidden_states"] is hidden:
-            continue
+    expected, is_bare = run()
+    for name, child in [] if is_bare else [item for item in layer.named_children() if item[1] is not skip]:
         setattr(layer, name, nn.Identity())
-        if torch.equal(run(), expected) and seen[-1]["hidden_states"] is hidden:
+        output, is_bare = run()
+        if is_bare and torch.equal(output, expected):
             skip.norm, skip.norm_name = child, name
             break
         setattr(layer, name, child)
@@ -380,23 +328,18 @@ def _move_norm(layer: nn.Module, hidden: Tensor) -> None:
 
 def _base_names(skip: MindSkip, state: dict, prefix: str, metadata) -> None:
     """Give state_dict the base model's names, so that save_pretrained writes a checkpoint that it can load."""
-    outer = prefix.removesuffix("self_attn.")
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key.removeprefix(prefix)
-        if name.startswith("attention."):
-            state[prefix + name.removeprefix("attention.")] = state.pop(key)
-        elif name.startswith("norm."):
-            state[outer + skip.norm_name + name.removeprefix("norm")] = state.pop(key)
+    moved = {prefix + "attention.": prefix, prefix + "norm.": f"{prefix.removesuffix('self_attn.')}{skip.norm_name}."}
+    for key in list(state):
+        for inside, outside in moved.items():
+            if key.startswith(inside):
+                state[outside + key.removeprefix(inside)] = state.pop(key)
 
 
 def _routed(model: nn.Module) -> list[MindSkip]:
     return [module for module in model.modules() if isinstance(module, MindSkip)]
 
 
-# ---------------------------------------------------------------------------------------------
-# Tuning: what may change, and the loss that asks for skipping
-
-
+# ---- Tuning: what may change, and the loss that asks for skipping ----
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Exactly what tuning may change: one weight (D,) for each routed layer, first layer first."""
     return [skip.router.weight for skip in _routed(model)]
@@ -410,11 +353,7 @@ def _last_gates(model: nn.Module) -> Tensor:
 
 
 def capacity_loss(model: nn.Module, capacity: float) -> Tensor:
-    """ReLU(mean gate - capacity) of the last forward, a fraction in [0, 1].
-
-    Source: arXiv 2410.13184v6, Eq. 9/10. One budget over all routed layers, as ||M||_0 of all gates:
-    the released code has one for each layer, so that no layer can lend what it does not need.
-    """
+    """ReLU(mean gate - capacity) over all routed layers, of the last forward; arXiv 2410.13184v6, Eq. 9/10."""
     return torch.relu(_last_gates(model).mean() - capacity)
 
 
@@ -430,19 +369,16 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
     if unknown := sorted(set(gates) - set(skips)):
         raise ValueError(f"layers {unknown} are not routed; routed are {sorted(skips)}")
     before = {layer: skips[layer].fixed for layer in gates}
+    for layer, gate in gates.items():
+        skips[layer].fixed = gate
     try:
-        for layer, gate in gates.items():
-            skips[layer].fixed = gate
         yield model
     finally:
         for layer, gate in before.items():
             skips[layer].fixed = gate
 
 
-# ---------------------------------------------------------------------------------------------
-# Saving and loading
-
-
+# ---- Saving and loading ----
 def _shape_of(model: nn.Module) -> dict:
     text = model.config.get_text_config(decoder=True)
     return {"model_type": text.model_type, "hidden_size": text.hidden_size, "num_layers": text.num_hidden_layers}
@@ -461,11 +397,7 @@ def save_routers(model: nn.Module, path: str | Path, **about) -> None:
 
 
 def load_routers(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attach the routers saved at `path` to the model that they were tuned for, and return it.
-
-    Raises:
-        ValueError: if the file holds no routers, or routers for a model of another type, width or depth.
-    """
+    """Attach the routers saved at `path`. ValueError if it holds none, or some for another type, width or depth."""
     try:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})["mindskip"])

@@ -1,0 +1,641 @@
+"""Measure what skipping attention costs in accuracy, and what it saves in FLOPs, time and memory.
+
+    python evaluate.py                    # the routers in runs/demo on the demo's test split; about a minute
+    python evaluate.py --plot             # and figures (pip install -e '.[plot]')
+    python evaluate.py --limit            # how much of the ideal saving is reached: one thread, a few minutes
+
+Rows. The last three ask whether it is worth anything that routing is *dynamic*:
+
+    dense               the model as it was
+    mindskip            the tuned routers
+    static, similarity  attention removed from as many layers as mindskip skips, those of the lowest
+                        1 - cosine similarity between a sublayer's input and output on training data
+                        (the criterion of LLM-Drop, arXiv 2406.15786)
+    static, best        the best of all subsets of that size, chosen on the test split itself, in its favour
+    static, router      the layers that this very router closes most often on training data
+    random              gates drawn at random, as many open as mindskip opens; the mean of several draws
+    multiply            attention computed, then multiplied by mindskip's gates: the control for time
+
+Columns. Counted (FLOPs) and measured (time) are different things and different columns:
+
+    accuracy    every token of the answer right, by argmax given the answer so far: greedy decoding's exact match
+    +-          standard error; of a difference to dense, that of the paired difference
+    loss        mean nats for each answer token
+    keep        keep ratio: the fraction of routed gates that were open
+    prefill     milliseconds for the prompt pass of a batch;   decode  milliseconds for each one-token pass
+    x           median over repeats of dense time / row time in the same repeat;   [q1 q3] quartiles
+    KV          bytes of keys and values after decoding;   peak  most memory allocated beyond the weights
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+import torch
+from transformers import DynamicCache
+
+from mindskip import (
+    MindSkip,
+    MindSkipConfig,
+    add_mindskip,
+    capacity_loss,
+    fix_gates,
+    load_routers,
+    remove_mindskip,
+    router_parameters,
+)
+from tune import DEMO, collate, load_examples, load_model, refuse_bad_input, versions
+
+# ---------------------------------------------------------------------------------------------
+# Rows: each is a way to set the model up for a batch, and to put it back
+
+
+@dataclass
+class Row:
+    name: str
+    using: Callable  # using(model, batch size) -> context manager
+
+
+@contextmanager
+def _attached(model, attach, gates=None):
+    attach(model)
+    try:
+        with fix_gates(model, gates or {}):
+            yield
+    finally:
+        remove_mindskip(model)
+
+
+def dense() -> Row:
+    return Row("dense", lambda model, batch: nullcontext())
+
+
+def mindskip(path) -> Row:
+    return Row("mindskip", lambda model, batch: _attached(model, lambda m: load_routers(m, path)))
+
+
+def static(name: str, closed) -> Row:
+    """Attention removed from the layers `closed`, whatever the input."""
+    if not closed:
+        return Row(name, dense().using)
+    config, gates = MindSkipConfig(closed), dict.fromkeys(closed, False)
+    return Row(name, lambda model, batch: _attached(model, lambda m: add_mindskip(m, config), gates))
+
+
+def random_gates(config: MindSkipConfig, keep: float, seed: int) -> Row:
+    """Each gate open with probability `keep`, drawn anew for each row of each batch."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def using(model, batch):
+        gates = {i: torch.rand(batch, generator=generator) < keep for i in config.layers}
+        return _attached(model, lambda m: add_mindskip(m, config), gates)
+
+    return Row("random", using)
+
+
+def multiply(gates: dict[int, torch.Tensor]) -> Row:
+    """Attention computed, then multiplied by the given gates (B, 1, 1), on the model as it was."""
+
+    @contextmanager
+    def using(model, batch):
+        def hook(gate):
+            return lambda module, args, output: (output[0] * gate.to(output[0].dtype), *output[1:])
+
+        layers = model.get_decoder().layers
+        handles = [layers[i].self_attn.register_forward_hook(hook(gate)) for i, gate in gates.items()]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    return Row("multiply", using)
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality
+
+
+@torch.no_grad()
+def score(model, examples: list[dict], row: Row = dense(), batch_size: int = 256) -> dict[str, torch.Tensor]:
+    """Score answers given their prompts; only prompts vote.
+
+    Returns, for N examples: correct (N,) bool; loss (N,) summed nats; tokens (N,) answer tokens;
+    gates (N, routed layers), without columns where nothing is routed.
+    """
+    collected = {"correct": [], "loss": [], "tokens": [], "gates": []}
+    for i in range(0, len(examples), batch_size):
+        chosen = examples[i : i + batch_size]
+        batch = collate(chosen, model.device)
+        targets = batch.pop("labels")[:, 1:]  # (B, T - 1)
+        with row.using(model, len(chosen)):
+            if not (skips := routed(model)):
+                batch.pop("voters")
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (B, T - 1, vocabulary)
+            gates = [skip.gate.flatten() for skip in skips]
+        is_answer = targets != -100
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # 0 where ignored
+        collected["correct"].append(((logits.argmax(-1) == targets) | ~is_answer).all(1))
+        collected["loss"].append(loss.sum(1))
+        collected["tokens"].append(is_answer.sum(1))
+        collected["gates"].append(torch.stack(gates, 1) if gates else torch.empty(len(chosen), 0))
+    return {key: torch.cat(values).cpu() for key, values in collected.items()}
+
+
+def routed(model) -> list[MindSkip]:
+    return [module for module in model.modules() if isinstance(module, MindSkip)]
+
+
+def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
+    """Accuracies in percent by task and on average (every task counts the same), with standard errors."""
+    names = list(dict.fromkeys(tasks))
+    by_task, average, variance, paired = {}, 0.0, 0.0, 0.0
+    for name in names:
+        chosen = torch.tensor([task == name for task in tasks])
+        right = 100.0 * scores["correct"][chosen].double()
+        change = right - 100.0 * reference["correct"][chosen].double()
+        by_task[name] = right.mean().item()
+        average += right.mean().item() / len(names)
+        variance += right.var(correction=0).item() / len(right) / len(names) ** 2
+        paired += change.var(correction=0).item() / len(right) / len(names) ** 2
+    return {
+        "accuracy": by_task, "average": average, "standard_error": math.sqrt(variance),
+        "paired_standard_error": math.sqrt(paired), "loss": (scores["loss"].sum() / scores["tokens"].sum()).item(),
+        "keep": scores["gates"].mean().item() if scores["gates"].numel() else None,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def similarity_order(model, examples: list[dict], batch_size: int = 256) -> list[int]:
+    """Layers from 1 up, the most redundant attention first: lowest 1 - cos(x, x + F(x)), mean over prompt tokens.
+
+    F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
+    """
+    layers, handles, seen = model.get_decoder().layers, [], {}
+
+    def watch(i, layer):
+        def enter(module, args, kwargs):
+            seen[i] = {"x": args[0] if args else kwargs["hidden_states"]}
+
+        def leave(module, args, kwargs, output):
+            seen[i]["added"] = output[0]
+
+        def follow(module, args, output):  # a norm or dropout on the way from attention to the residual stream
+            if args and args[0] is seen[i].get("added"):
+                seen[i]["added"] = output
+
+        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(layer.self_attn.register_forward_hook(leave, with_kwargs=True))
+        handles.extend(child.register_forward_hook(follow) for _, child in layer.named_children())
+
+    for i, layer in enumerate(layers):
+        if i > 0 and hasattr(layer, "self_attn"):
+            watch(i, layer)
+    totals, count = {}, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], model.device)
+        voters = batch["voters"]
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for i, at in seen.items():
+            x, y = at["x"].float(), (at["x"] + at["added"]).float()
+            cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+            totals[i] = totals.get(i, 0.0) + (1 - cosine)[voters].sum().item()
+        count += voters.sum().item()
+    for handle in handles:
+        handle.remove()
+    return sorted(totals, key=lambda i: totals[i] / count)
+
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs, by formula
+
+
+def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
+    """FLOPs of one row's forward pass; a multiply-add counts as 2. Norms, softmax and routers (D each) are left out.
+
+    Args:
+        tokens: T, computed in this call. visible: S, keys that each may look at (causal masking saves nothing here).
+        keep: fraction of rows that run the attention of a layer; 1 where a layer is not named.
+        logits: tokens that go through the output head.
+    """
+    total = 2.0 * logits * model.get_output_embeddings().weight.numel()
+    text = model.config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for i, layer in enumerate(model.get_decoder().layers):
+        attention = layer.self_attn.attention if isinstance(layer.self_attn, MindSkip) else layer.self_attn
+        inside = sum(p.numel() for p in attention.parameters() if p.ndim == 2)
+        everything = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+        scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
+        total += 2.0 * tokens * (everything - inside) + keep.get(i, 1.0) * (2.0 * tokens * inside + scores)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def prefill(model, prompts: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
+    """The prompt pass (B, T): the filled cache, and the first new token (B, 1)."""
+    output = model(prompts, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    return output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+
+def decode(model, cache: DynamicCache, token: torch.Tensor, steps: int) -> torch.Tensor:
+    """The one-token passes: `steps` more tokens, greedily."""
+    for _ in range(steps):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)  # (B, 1)
+    return token
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+@torch.no_grad()
+def measure(model, rows: list[Row], prompts: torch.Tensor, new_tokens: int, repeats: int, progress) -> dict[str, dict]:
+    """Time the rows in turn, in an order that rotates, after one warm-up: each repeat gives one ratio to dense."""
+    times = {row.name: {"prefill": [], "decode": []} for row in rows}
+    results = {}
+    for repeat in range(-1, repeats):
+        for row in rows[repeat % len(rows) :] + rows[: repeat % len(rows)]:
+            with row.using(model, len(prompts)):
+                synchronize(model.device)
+                start = time.perf_counter()
+                cache, token = prefill(model, prompts)
+                synchronize(model.device)
+                between = time.perf_counter()
+                decode(model, cache, token, new_tokens)
+                synchronize(model.device)
+                end = time.perf_counter()
+                if repeat < 0:
+                    gates = {skip.layer: skip.gate for skip in routed(model)}
+                    results[row.name] = {"kv_bytes": cache_bytes(cache), "gates": gates}
+                    results[row.name]["peak_bytes"] = peak_bytes(model, prompts, new_tokens)
+                else:
+                    times[row.name]["prefill"].append(1e3 * (between - start))
+                    times[row.name]["decode"].append(1e3 * (end - between) / new_tokens)
+        progress(repeat + 2, repeats + 1)
+    for name, phases in times.items():
+        for phase, values in phases.items():
+            ratios = [base / value for base, value in zip(times[rows[0].name][phase], values)]
+            low, middle, high = statistics.quantiles(values, n=4)
+            results[name][phase] = {"median_ms": middle, "q1_ms": low, "q3_ms": high, "speedup": statistics.median(ratios)}
+    return results
+
+
+def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
+    """Most memory allocated beyond the weights while prefilling and decoding."""
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        decode(model, *prefill(model, prompts), new_tokens)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        decode(model, *prefill(model, prompts), new_tokens)
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
+    """(count, length) token ids: prompts of one task after another, repeated until they are long enough."""
+    by_task = {}
+    for example in examples:
+        by_task.setdefault(example["task"], []).append(example["prompt"] + example["answer"])
+    rows = []
+    for i in range(count):
+        own = by_task[list(by_task)[i % len(by_task)]]
+        tokens = list(itertools.islice(itertools.chain.from_iterable(itertools.cycle(own[i:] + own[:i])), length))
+        rows.append(tokens)
+    return torch.tensor(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# How much of the ideal is reached: all routed gates closed, against attention and its norm removed
+
+
+class WithoutAttention(torch.nn.Module):
+    """A Llama decoder layer from which attention and its layer norm have been cut: the most that can be saved."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.mlp, self.norm = layer.mlp, layer.post_attention_layernorm
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+                         num_key_value_heads=8, vocab_size=2048)  # fmt: skip
+    return LlamaForCausalLM(config).eval(), (3, 4, 5, 6)
+
+
+def limit_rows(layers: tuple[int, ...]) -> list[Row]:
+    @contextmanager
+    def removed(model, batch):
+        decoder = model.get_decoder()
+        whole = decoder.layers
+        decoder.layers = torch.nn.ModuleList(WithoutAttention(m) if i in layers else m for i, m in enumerate(whole))
+        yield
+        decoder.layers = whole
+
+    return [dense(), static("closed", layers), Row("removed", removed)]
+
+
+class CountOperations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, on whatever device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operations_share() -> float:
+    """(dense - closed) / (dense - removed), by operations dispatched in one decode step."""
+    model, layers = limit_model()
+    counts = []
+    for row in limit_rows(layers):
+        with row.using(model, 1):
+            cache, token = prefill(model, torch.arange(16)[None])
+            with CountOperations() as operations:
+                decode(model, cache, token, 1)
+        counts.append(operations.count)
+    return (counts[0] - counts[1]) / (counts[0] - counts[2])
+
+
+def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
+    """CPU seconds of this thread, one thread, interleaved: shares of the ideal gain, and a tuning step's cost."""
+    torch.set_num_threads(1)
+    model, layers = limit_model()
+    model.requires_grad_(False)
+    prompt, batch = torch.arange(length)[None], torch.arange(1024).reshape(4, 256)
+    seconds = {"prefill": [], "decode": [], "step": []}
+    for repeat in range(-1, repeats):
+        prefills, decodes = [], []
+        for row in limit_rows(layers):
+            with row.using(model, 1), torch.no_grad():
+                start = time.thread_time()
+                cache, token = prefill(model, prompt)
+                between = time.thread_time()
+                decode(model, cache, token, new_tokens)
+                prefills.append(between - start)
+                decodes.append((time.thread_time() - between) / new_tokens)
+        with torch.no_grad():
+            start = time.thread_time()
+            model(batch, labels=batch, use_cache=False)
+            forward = time.thread_time() - start
+        add_mindskip(model, MindSkipConfig(layers))
+        model.train()
+        optimizer = torch.optim.AdamW(router_parameters(model), lr=1e-3)
+        start = time.thread_time()
+        (model(batch, labels=batch, use_cache=False).loss + capacity_loss(model, 0.5)).backward()
+        optimizer.step()
+        step = time.thread_time() - start
+        remove_mindskip(model.eval())
+        if repeat >= 0:
+            seconds["prefill"].append(prefills)
+            seconds["decode"].append(decodes)
+            seconds["step"].append((forward, step))
+        progress(repeat + 2, repeats + 1)
+    results = {"operations": {"share": operations_share()}}
+    for phase in ("prefill", "decode"):
+        # Differences of noisy times: the share of the medians, and quartiles of the shares of single repeats.
+        medians = [statistics.median(column) for column in zip(*seconds[phase])]
+        shares = [(full - ours) / (full - cut) for full, ours, cut in seconds[phase]]
+        low, _, high = statistics.quantiles(shares, n=4)
+        results[phase] = {"share": (medians[0] - medians[1]) / (medians[0] - medians[2]), "q1": low, "q3": high,
+                          "median_ms": dict(zip(("dense", "closed", "removed"), (1e3 * m for m in medians)))}  # fmt: skip
+    low, middle, high = statistics.quantiles([step / forward for forward, step in seconds["step"]], n=4)
+    results["tuning step"] = {"dense_forwards": middle, "q1": low, "q3": high}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# Showing
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Aligned columns; the first to the left, the rest to the right."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        for line in [header, *lines]
+    )
+
+
+def quality_table(quality: dict[str, dict]) -> str:
+    tasks = list(quality["dense"]["accuracy"])
+    lines = []
+    for name, row in quality.items():
+        change = f"{row['average'] - quality['dense']['average']:+.2f} +-{row['paired_standard_error']:.2f}"
+        lines.append([name, *(f"{row['accuracy'][task]:.1f}" for task in tasks), f"{row['average']:.2f}",
+                      f"{row['standard_error']:.2f}", "" if name == "dense" else change, f"{row['loss']:.4f}",
+                      "" if row["keep"] is None else f"{row['keep']:.3f}"])  # fmt: skip
+    return table(["accuracy %", *tasks, "average", "+-", "to dense", "loss", "keep"], lines)
+
+
+def cost_table(cost: dict[str, dict]) -> str:
+    lines = []
+    for name, row in cost.items():
+        timing = []
+        for phase in ("prefill", "decode"):
+            at = row[phase]
+            timing += [f"{at['median_ms']:.2f} [{at['q1_ms']:.2f} {at['q3_ms']:.2f}]", f"{at['speedup']:.2f}x"]
+        lines.append([name, f"{row['keep']:.2f}", f"{row['prefill_gflops']:.3f}", f"{row['decode_mflops']:.3f}", *timing,
+                      f"{row['kv_bytes'] / 1024:,.0f}", f"{row['peak_bytes'] / 2**20:.1f}"])  # fmt: skip
+    return table(["cost", "keep", "GFLOP prefill", "MFLOP decode", "prefill ms", "", "decode ms", "", "KV KiB", "peak MiB"],
+                 lines)  # fmt: skip
+
+
+def keep_table(gates: torch.Tensor, tasks: list[str], layers: tuple[int, ...]) -> tuple[str, dict]:
+    names = list(dict.fromkeys(tasks))
+    means = {name: gates[torch.tensor([task == name for task in tasks])].mean(0).tolist() for name in names}
+    lines = [[name, *(f"{value:.2f}" for value in row), f"{sum(row) / len(row):.2f}"] for name, row in means.items()]
+    return table(["keep ratio", *(f"layer {i}" for i in layers), "all"], lines), means
+
+
+def show_progress(label: str):
+    start = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        eta = (time.perf_counter() - start) / done * (total - done)
+        if sys.stderr.isatty() or done == total:
+            print(f"\r{label} {done}/{total} | eta {eta:.0f} s ", end="\n" if done == total else "", file=sys.stderr)
+
+    return progress
+
+
+def plot(results: dict, folder: Path) -> Path:
+    """Two panels: keep ratio by task and layer; accuracy of every row against the share of gates that it opens."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    keep, layers = results["keep_by_task_and_layer"], results["config"]["layers"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    image = left.imshow(list(keep.values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    left.set(title="Keep ratio by task and layer", xlabel="layer", xticks=range(len(layers)), xticklabels=layers,
+             yticks=range(len(keep)), yticklabels=list(keep))  # fmt: skip
+    for y, row in enumerate(keep.values()):
+        for x, value in enumerate(row):
+            left.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+    figure.colorbar(image, ax=left)
+    quality = results["quality"]
+    right.barh(list(quality), [row["average"] for row in quality.values()],
+               xerr=[2 * row["standard_error"] for row in quality.values()], color="steelblue")  # fmt: skip
+    right.invert_yaxis()
+    right.set(title="Average accuracy, with two standard errors", xlabel="%", xlim=(0, 100))
+    path = folder / "results.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description="Measure a tuned model against the dense one.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of the model that was tuned")
+    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="what tune.py has written")
+    what.add_argument("--dataset", default=str(DEMO / "data"), help="local folder or Hub id; columns prompt, answer")
+    what.add_argument("--split", default="test", help="split to score; the train split chooses static layers")
+    what.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    what.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    what.add_argument("--draws", type=int, default=3, help="draws of random gates")
+    what.add_argument("--seed", type=int, default=0, help="of the random gates")
+    cost = parser.add_argument_group("cost")
+    cost.add_argument("--prompt-length", type=int, default=512, help="tokens in each prompt of the timing")
+    cost.add_argument("--new-tokens", type=int, default=16, help="decode passes for each prompt")
+    cost.add_argument("--batch-size", type=int, default=8, help="prompts at a time in the timing")
+    cost.add_argument("--repeats", type=int, default=10, help="timed repeats of every row, at least 2")
+    more = parser.add_argument_group("more")
+    more.add_argument("--plot", action="store_true", help="figures beside the routers; needs the extra `plot`")
+    more.add_argument("--limit", action="store_true", help="only the shares of the ideal saving, on a random model")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_arguments(argv)
+    folder = Path(args.routers).parent
+    with refuse_bad_input(parser):
+        if min(args.prompt_length, args.new_tokens, args.batch_size, args.draws) < 1 or args.repeats < 2:
+            raise ValueError("--prompt-length, --new-tokens, --batch-size, --draws must be at least 1, --repeats at least 2")
+        if args.limit:
+            return show_limit(max(args.repeats, 25))
+        if not Path(args.routers).is_file():
+            raise ValueError(f"--routers {args.routers}: no such file; run tune.py first")
+        model, tokenizer = load_model(args.model, args.device, args.dtype)
+        load_routers(model, args.routers)
+        config = routed(model)[0].config
+        remove_mindskip(model)
+        train = load_examples(args.dataset, "train", tokenizer)[:2048]
+        test = load_examples(args.dataset, args.split, tokenizer)
+    tasks = [example["task"] for example in test]
+    print(f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
+          f" | layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {len(test):,} examples")
+
+    # Quality
+    ours = mindskip(args.routers)
+    scores = {"dense": score(model, test), "mindskip": score(model, test, ours)}
+    keep = scores["mindskip"]["gates"].mean().item()
+    skipped = round((1 - keep) * len(config.layers))
+    similar = sorted(similarity_order(model, train)[:skipped])
+    train_gates = score(model, train, ours)["gates"].mean(0)  # (routed layers,)
+    often_closed = sorted(config.layers[i] for i in train_gates.argsort()[:skipped])
+    candidates = range(1, len(model.get_decoder().layers))
+    scores["static, similarity"] = score(model, test, static("", similar))
+    best = None
+    if math.comb(len(candidates), skipped) <= 256:
+        progress, choices = show_progress("static subsets"), list(itertools.combinations(candidates, skipped))
+        subsets = {}
+        for i, closed in enumerate(choices):
+            subsets[closed] = score(model, test, static("", closed))
+            progress(i + 1, len(choices))
+        best = max(subsets, key=lambda closed: summarize(subsets[closed], scores["dense"], tasks)["average"])
+        scores["static, best"] = subsets[best]
+    scores["static, router"] = score(model, test, static("", often_closed))
+    quality = {name: summarize(row, scores["dense"], tasks) for name, row in scores.items()}
+    draws = [
+        summarize(score(model, test, random_gates(config, keep, args.seed + i)), scores["dense"], tasks)
+        for i in range(args.draws)
+    ]
+    quality["random"] = mean_of(draws)
+    print(f"\nstatic layers: similarity {similar}, best {list(best) if best else 'not searched'}, router {often_closed}\n")
+    print(quality_table(quality))
+    by_task_and_layer, keep_by_task = keep_table(scores["mindskip"]["gates"], tasks, config.layers)
+    print(f"\n{by_task_and_layer}\n")
+
+    # Cost
+    prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
+    with torch.no_grad(), ours.using(model, len(prompts)):
+        prefill(model, prompts)
+        gates = {skip.layer: skip.gate for skip in routed(model)}
+    rows = [dense(), ours, static("static, similarity", similar), random_gates(config, keep, args.seed), multiply(gates)]
+    cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
+    for row in cost.values():
+        fractions = {layer: gate.mean().item() for layer, gate in row.pop("gates").items()}
+        row["keep"] = sum(fractions.get(i, 1.0) for i in config.layers) / len(config.layers)
+        row["prefill_gflops"] = forward_flops(model, args.prompt_length, args.prompt_length, fractions) / 1e9
+        row["decode_mflops"] = forward_flops(model, 1, args.prompt_length + args.new_tokens, fractions) / 1e6
+    print(cost_table(cost))
+    print(f"for each prompt of {args.prompt_length} tokens, {args.batch_size} at a time, {args.new_tokens} new tokens;"
+          f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")
+
+    results = {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost,
+               "static_layers": {"similarity": similar, "best": best, "router": often_closed},
+               "config": {**vars(config)}, "arguments": vars(args), "versions": versions()}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{folder / 'results.json'}")
+    if args.plot:
+        print(plot(results, folder))
+
+
+def mean_of(rows: list[dict]) -> dict:
+    """The mean of several summaries, field by field; their standard errors too."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {key: mean_of([row[key] for row in rows]) for key in first}
+    return sum(rows) / len(rows)
+
+
+def show_limit(repeats: int) -> None:
+    results = time_limit(repeats, show_progress("limit"))
+    print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
+    lines = [["decode, operations", f"{results['operations']['share']:.3f}", ""]]
+    for phase in ("prefill", "decode"):
+        at = results[phase]
+        lines.append([f"{phase}, CPU time", f"{at['share']:.3f}", f"[{at['q1']:.3f} {at['q3']:.3f}]"])
+    at = results["tuning step"]
+    lines.append(["tuning step, in dense forwards", f"{at['dense_forwards']:.2f}", f"[{at['q1']:.2f} {at['q3']:.2f}]"])
+    print(table(["share of the ideal gain", "median", "quartiles"], lines))
+
+
+if __name__ == "__main__":
+    main()
