@@ -323,7 +323,7 @@ def _move_norm(layer: nn.Module, hidden_size: int) -> None:
             break
         setattr(layer, name, child)
     hook.remove()
-    skip.fixed = None
+    skip.fixed = skip.gate = None
 
 
 def _base_names(skip: MindSkip, state: dict, prefix: str, metadata) -> None:

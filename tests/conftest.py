@@ -1,0 +1,65 @@
+"""Tiny random models of several families; every test runs on a CPU without network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+
+from mindskip import MindSkip, MindSkipConfig, add_mindskip
+
+LAYERS, VOCABULARY, WIDTH = 6, 64, 64
+ROUTED = (2, 3, 4)
+SHAPE = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8}),  # norms before and after attention
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8,
+                                    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "olmo2": ("Olmo2Config", {}),  # norm after attention only
+    "cohere": ("CohereConfig", {}),  # norm shared with the MLP
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),  # has routers of its own
+}  # fmt: skip
+
+
+def build(family: str = "llama", **changes) -> torch.nn.Module:
+    """A small random model in eval mode."""
+    torch.manual_seed(0)
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SHAPE, **extra, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # larger weights: what a layer adds must show in the logits
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+def build_routed(family: str = "llama", decided: bool = True, **changes) -> torch.nn.Module:
+    """The same with routers; if `decided`, random ones, large enough to keep scores away from the threshold."""
+    model = add_mindskip(build(family, **changes), MindSkipConfig(ROUTED))
+    if decided:
+        torch.manual_seed(1)
+        for skip in routed(model):
+            skip.router.weight.data.copy_(4.0 * torch.randn(WIDTH))
+    return model
+
+
+def routed(model) -> list[MindSkip]:
+    return [module for module in model.modules() if isinstance(module, MindSkip)]
+
+
+def tokens(rows: int = 4, length: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request) -> str:
+    return request.param
