@@ -35,12 +35,15 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import torch
-from transformers import DynamicCache
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from mindskip import (
     MindSkip,
@@ -52,7 +55,7 @@ from mindskip import (
     remove_mindskip,
     router_parameters,
 )
-from tune import DEMO, collate, load_examples, load_model, refuse_bad_input, versions
+from tune import CALIBRATION, DEMO, Parser, check_model_name, collate, load_examples, load_model, quiet, subset, versions
 
 # ---------------------------------------------------------------------------------------------
 # Rows: each is a way to set the model up for a batch, and to put it back
@@ -266,7 +269,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 def measure(model, rows: list[Row], prompts: torch.Tensor, new_tokens: int, repeats: int, progress) -> dict[str, dict]:
     """Time the rows in turn, in an order that rotates, after one warm-up: each repeat gives one ratio to dense."""
     times = {row.name: {"prefill": [], "decode": []} for row in rows}
-    results = {}
+    results = {row.name: {} for row in rows}
     for repeat in range(-1, repeats):
         for row in rows[repeat % len(rows) :] + rows[: repeat % len(rows)]:
             with row.using(model, len(prompts)):
@@ -280,7 +283,7 @@ def measure(model, rows: list[Row], prompts: torch.Tensor, new_tokens: int, repe
                 end = time.perf_counter()
                 if repeat < 0:
                     gates = {skip.layer: skip.gate for skip in routed(model)}
-                    results[row.name] = {"kv_bytes": cache_bytes(cache), "gates": gates}
+                    results[row.name].update(kv_bytes=cache_bytes(cache), gates=gates)
                     results[row.name]["peak_bytes"] = peak_bytes(model, prompts, new_tokens)
                 else:
                     times[row.name]["prefill"].append(1e3 * (between - start))
@@ -290,8 +293,39 @@ def measure(model, rows: list[Row], prompts: torch.Tensor, new_tokens: int, repe
         for phase, values in phases.items():
             ratios = [base / value for base, value in zip(times[rows[0].name][phase], values)]
             low, middle, high = statistics.quantiles(values, n=4)
-            results[name][phase] = {"median_ms": middle, "q1_ms": low, "q3_ms": high, "speedup": statistics.median(ratios)}
+            results[name][phase] = {
+                "median_ms": middle,
+                "q1_ms": low,
+                "q3_ms": high,
+                "speedup": statistics.median(ratios),
+            }
     return results
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, and the bytes alive in tensors that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.peak_bytes, self.made, self.given = 0, 0, {}, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            return {
+                t.untyped_storage()._cdata: t.untyped_storage()
+                for t in tree_leaves(tree)
+                if isinstance(t, torch.Tensor)
+            }
+
+        self.operations += 1
+        self.given |= storages((args, kwargs)).keys() - self.made.keys()  # weights and inputs
+        output = function(*args, **(kwargs or {}))
+        self.made = {key: at for key, at in self.made.items() if not at[0].expired()}
+        for key, storage in storages(output).items():
+            if key not in self.given and key not in self.made:
+                self.made[key] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
+        return output
 
 
 def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
@@ -301,10 +335,9 @@ def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         decode(model, *prefill(model, prompts), new_tokens)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with Watch() as watch:
         decode(model, *prefill(model, prompts), new_tokens)
-    events = profile.profiler.kineto_results.events()
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return watch.peak_bytes
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
@@ -336,8 +369,6 @@ class WithoutAttention(torch.nn.Module):
 
 
 def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
                          num_key_value_heads=8, vocab_size=2048)  # fmt: skip
@@ -356,18 +387,6 @@ def limit_rows(layers: tuple[int, ...]) -> list[Row]:
     return [dense(), static("closed", layers), Row("removed", removed)]
 
 
-class CountOperations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, on whatever device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def operations_share() -> float:
     """(dense - closed) / (dense - removed), by operations dispatched in one decode step."""
@@ -376,9 +395,9 @@ def operations_share() -> float:
     for row in limit_rows(layers):
         with row.using(model, 1):
             cache, token = prefill(model, torch.arange(16)[None])
-            with CountOperations() as operations:
+            with Watch() as watch:
                 decode(model, cache, token, 1)
-        counts.append(operations.count)
+        counts.append(watch.operations)
     return (counts[0] - counts[1]) / (counts[0] - counts[2])
 
 
@@ -422,8 +441,9 @@ def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) 
         medians = [statistics.median(column) for column in zip(*seconds[phase])]
         shares = [(full - ours) / (full - cut) for full, ours, cut in seconds[phase]]
         low, _, high = statistics.quantiles(shares, n=4)
-        results[phase] = {"share": (medians[0] - medians[1]) / (medians[0] - medians[2]), "q1": low, "q3": high,
-                          "median_ms": dict(zip(("dense", "closed", "removed"), (1e3 * m for m in medians)))}  # fmt: skip
+        share = (medians[0] - medians[1]) / (medians[0] - medians[2])
+        names = ("dense_ms", "closed_ms", "removed_ms")
+        results[phase] = {"share": share, "q1": low, "q3": high, **dict(zip(names, (1e3 * m for m in medians)))}
     low, middle, high = statistics.quantiles([step / forward for forward, step in seconds["step"]], n=4)
     results["tuning step"] = {"dense_forwards": middle, "q1": low, "q3": high}
     return results
@@ -437,7 +457,9 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     """Aligned columns; the first to the left, the rest to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
         for line in [header, *lines]
     )
 
@@ -459,11 +481,12 @@ def cost_table(cost: dict[str, dict]) -> str:
         timing = []
         for phase in ("prefill", "decode"):
             at = row[phase]
-            timing += [f"{at['median_ms']:.2f} [{at['q1_ms']:.2f} {at['q3_ms']:.2f}]", f"{at['speedup']:.2f}x"]
-        lines.append([name, f"{row['keep']:.2f}", f"{row['prefill_gflops']:.3f}", f"{row['decode_mflops']:.3f}", *timing,
-                      f"{row['kv_bytes'] / 1024:,.0f}", f"{row['peak_bytes'] / 2**20:.1f}"])  # fmt: skip
-    return table(["cost", "keep", "GFLOP prefill", "MFLOP decode", "prefill ms", "", "decode ms", "", "KV KiB", "peak MiB"],
-                 lines)  # fmt: skip
+            timing += [f"{at['median_ms']:.2f} [{at['q1_ms']:.2f} {at['q3_ms']:.2f}]", f"{at['speedup']:.2f}"]
+        counted = [f"{row['keep']:.2f}", f"{row['prefill_gflops']:.3f}", f"{row['decode_mflops']:.3f}"]
+        memory = [f"{row['kv_bytes'] / 1024:,.0f}", f"{row['peak_bytes'] / 2**20:.1f}"]
+        lines.append([name, *counted, *timing, *memory])
+    counted, timing = ["keep", "GFLOP prefill", "MFLOP decode"], ["prefill ms", "x", "decode ms", "x"]
+    return table(["cost", *counted, *timing, "KV KiB", "peak MiB"], lines)
 
 
 def keep_table(gates: torch.Tensor, tasks: list[str], layers: tuple[int, ...]) -> tuple[str, dict]:
@@ -516,11 +539,8 @@ def plot(results: dict, folder: Path) -> Path:
 # The run
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        "evaluate.py", description="Measure a tuned model against the dense one.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser("evaluate.py", "Measure a tuned model against the dense one.")
     what = parser.add_argument_group("model and data")
     what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of the model that was tuned")
     what.add_argument("--routers", default="runs/demo/routers.safetensors", help="what tune.py has written")
@@ -544,22 +564,26 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentPar
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     folder = Path(args.routers).parent
-    with refuse_bad_input(parser):
+    quiet()
+    with parser.refuse_bad_input():
         if min(args.prompt_length, args.new_tokens, args.batch_size, args.draws) < 1 or args.repeats < 2:
-            raise ValueError("--prompt-length, --new-tokens, --batch-size, --draws must be at least 1, --repeats at least 2")
+            raise ValueError("--prompt-length, --new-tokens, --batch-size, --draws: at least 1; --repeats: at least 2")
         if args.limit:
             return show_limit(max(args.repeats, 25))
         if not Path(args.routers).is_file():
             raise ValueError(f"--routers {args.routers}: no such file; run tune.py first")
-        model, tokenizer = load_model(args.model, args.device, args.dtype)
-        load_routers(model, args.routers)
-        config = routed(model)[0].config
-        remove_mindskip(model)
-        train = load_examples(args.dataset, "train", tokenizer)[:2048]
+        tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model))
+        train = subset(load_examples(args.dataset, "train", tokenizer), CALIBRATION, args.seed)
         test = load_examples(args.dataset, args.split, tokenizer)
+        model = load_model(args.model, args.device, args.dtype)
+        config = routed(load_routers(model, args.routers))[0].config
+        remove_mindskip(model)
     tasks = [example["task"] for example in test]
-    print(f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
-          f" | layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {len(test):,} examples")
+    print(
+        f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
+        f" | layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f}"
+        f" | {len(test):,} examples"
+    )
 
     # Quality
     ours = mindskip(args.routers)
@@ -587,7 +611,9 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(args.draws)
     ]
     quality["random"] = mean_of(draws)
-    print(f"\nstatic layers: similarity {similar}, best {list(best) if best else 'not searched'}, router {often_closed}\n")
+    print(
+        f"\nstatic layers: similarity {similar}, best {list(best) if best else 'not searched'}, router {often_closed}\n"
+    )
     print(quality_table(quality))
     by_task_and_layer, keep_by_task = keep_table(scores["mindskip"]["gates"], tasks, config.layers)
     print(f"\n{by_task_and_layer}\n")
@@ -597,7 +623,13 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad(), ours.using(model, len(prompts)):
         prefill(model, prompts)
         gates = {skip.layer: skip.gate for skip in routed(model)}
-    rows = [dense(), ours, static("static, similarity", similar), random_gates(config, keep, args.seed), multiply(gates)]
+    rows = [
+        dense(),
+        ours,
+        static("static, similarity", similar),
+        random_gates(config, keep, args.seed),
+        multiply(gates),
+    ]
     cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
     for row in cost.values():
         fractions = {layer: gate.mean().item() for layer, gate in row.pop("gates").items()}
@@ -605,8 +637,10 @@ def main(argv: list[str] | None = None) -> None:
         row["prefill_gflops"] = forward_flops(model, args.prompt_length, args.prompt_length, fractions) / 1e9
         row["decode_mflops"] = forward_flops(model, 1, args.prompt_length + args.new_tokens, fractions) / 1e6
     print(cost_table(cost))
-    print(f"for each prompt of {args.prompt_length} tokens, {args.batch_size} at a time, {args.new_tokens} new tokens;"
-          f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")
+    print(
+        f"for each prompt of {args.prompt_length} tokens, {args.batch_size} at a time, {args.new_tokens} new tokens;"
+        f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads"
+    )
 
     results = {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost,
                "static_layers": {"similarity": similar, "best": best, "router": often_closed},

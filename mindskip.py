@@ -15,7 +15,6 @@ Transformers", arXiv 2410.13184v6. For attention F, its normalised input x, a ga
 
 Training computes every attention and multiplies by the gate, so that closed gates learn too.
 Evaluation calls nothing for a closed gate and caches nothing; both give the same logits.
-
 Differs from the paper: only prompt tokens vote, and a sequence is routed once, at prefill. Absent
 on purpose: MLP, block and token granularity (worse in the paper), and copies of modelling code.
 """
@@ -30,8 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
-
-# ---- Configuration ----
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class MindSkipConfig:
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.granularity != "attention-sequence":
             raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
-        for name in ("threshold", "capacity"):
-            value = getattr(self, name)
+        for name, value in (("threshold", self.threshold), ("capacity", self.capacity)):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
@@ -126,6 +122,7 @@ class _Voters:
         return mask
 
 
+@CacheLayerMixin.register  # transformers asks isinstance
 class RoutedCacheLayer:
     """A layer of a KV cache with its routing decision: holds the original layer, for the kept rows only.
 
@@ -150,8 +147,7 @@ class RoutedCacheLayer:
         return type(self.inner).get_mask_sizes(self, query_length)  # its own rule, on the true length
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        expected = len(self.gate if self.rows is None else self.rows)
-        if keys.shape[0] != expected:
+        if keys.shape[0] != (expected := len(self.gate if self.rows is None else self.rows)):
             raise ValueError(f"this KV cache was made by a routed model: it holds {expected} rows, not {keys.shape[0]}")
         return self.inner.update(keys, values, *args, **kwargs)
 
@@ -182,21 +178,15 @@ class RoutedCacheLayer:
         self.reorder_cache(torch.arange(len(self.gate)).repeat_interleave(repeats))
 
 
-CacheLayerMixin.register(RoutedCacheLayer)  # transformers asks isinstance
-
-
-# ---- The wrapper around attention ----
 class MindSkip(nn.Module):
     """Attention with a gate; holds the original attention, and the layer norm that serves it alone (or Identity)."""
 
     def __init__(self, attention: nn.Module, layer: int, config: MindSkipConfig, hidden_size: int, voters: _Voters):
         super().__init__()
-        device = next(attention.parameters()).device
         self.attention, self.norm, self.norm_name = attention, nn.Identity(), None
-        self.router = Router(hidden_size, device)
+        self.router = Router(hidden_size, next(attention.parameters()).device)
         self.layer, self.config, self.voters = layer, config, voters
-        self.fixed = None  # fix_gates overrules the router
-        self.gate = self.score = None  # (B, 1, 1) float32; the gate of the last forward, the score of the last routing
+        self.fixed = self.gate = self.score = None  # fix_gates; last forward's gate, last routing's score, (B, 1, 1)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of (B, T, D) where the gate is open, zeros elsewhere; returns (output, attention weights)."""
@@ -223,14 +213,16 @@ class MindSkip(nn.Module):
         if len(rows) == 0:
             return output, None
         x = self.norm(hidden_states[rows]) if x is None else x[rows]  # (kept, T, D)
-        kept, weights = self.attention(hidden_states=x, **_take_rows(kwargs, rows, len(output)))
+        kwargs = {name: _take_rows(value, rows, len(output)) for name, value in kwargs.items()}
+        kept, weights = self.attention(hidden_states=x, **kwargs)
         return output.index_copy(0, rows, kept), weights
 
     def _route(self, x: Tensor) -> Tensor:
         """The gate (B, 1, 1) of new sequences x (B, T, D)."""
         if self.fixed is None:
-            self.score = self.router(x, self.voters.of(x))
-            return straight_through(self.score, self.config.threshold)
+            score = self.router(x, self.voters.of(x))
+            self.score = score.detach()
+            return straight_through(score, self.config.threshold)
         gate = torch.as_tensor(self.fixed, device=x.device).float().reshape(-1, 1, 1)
         if len(gate) not in (1, len(x)):
             raise ValueError(f"fix_gates gave layer {self.layer} {len(gate)} gates for a batch of {len(x)} rows")
@@ -255,17 +247,12 @@ def _take_rows(value, rows: Tensor, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
         return value[rows]
-    if isinstance(value, dict):
-        return {key: _take_rows(item, rows, batch) for key, item in value.items()}
     return tuple(_take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
 # ---- Attaching and detaching ----
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
-    """Gate the attention of `config.layers`, in place; routers start at zero, which is the dense model.
-
-    Raises ValueError if the model has routers already, or a layer is out of range or holds no `self_attn`.
-    """
+    """Gate the attention of `config.layers`, in place; zero routers: the dense model. ValueError if they do not fit."""
     if _routed(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
     decoder = model.get_decoder()
@@ -302,8 +289,8 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
 def _move_norm(layer: nn.Module, hidden_size: int) -> None:
     """Move the layer norm into the wrapper, so that a closed gate skips it too, if it serves attention alone.
 
-    Families differ, so this looks: with attention closed, the norm is the child whose absence shows attention
-    the bare residual stream and changes nothing else. (Shared with the MLP: something else changes.)
+    Families differ, so this looks: with attention closed, it is the child whose absence shows attention the bare
+    residual stream and changes nothing else (as it would if the MLP shared it).
     """
     skip, seen, like = layer.self_attn, [], next(layer.parameters())
     hidden = torch.linspace(-1, 1, hidden_size, device=like.device).to(like.dtype).reshape(1, 1, hidden_size)
@@ -369,9 +356,9 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
     if unknown := sorted(set(gates) - set(skips)):
         raise ValueError(f"layers {unknown} are not routed; routed are {sorted(skips)}")
     before = {layer: skips[layer].fixed for layer in gates}
-    for layer, gate in gates.items():
-        skips[layer].fixed = gate
     try:
+        for layer, gate in gates.items():
+            skips[layer].fixed = gate
         yield model
     finally:
         for layer, gate in before.items():
@@ -397,7 +384,7 @@ def save_routers(model: nn.Module, path: str | Path, **about) -> None:
 
 
 def load_routers(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attach the routers saved at `path`. ValueError if it holds none, or some for another type, width or depth."""
+    """Attach the routers saved at `path`, in place of any. ValueError if they are for another type, width or depth."""
     try:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})["mindskip"])
@@ -407,7 +394,6 @@ def load_routers(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
     if described["model"] != _shape_of(model):
         raise ValueError(f"{path} was tuned for {described['model']}, but this model is {_shape_of(model)}")
-    add_mindskip(model, config)
-    for skip in _routed(model):
+    for skip in _routed(add_mindskip(remove_mindskip(model), config)):
         skip.router.weight.data.copy_(tensors[f"layers.{skip.layer}.router.weight"])
     return model

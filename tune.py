@@ -20,7 +20,6 @@ Differs from the paper:
 
 import argparse
 import json
-import math
 import platform
 import random
 import sys
@@ -48,27 +47,43 @@ DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 2048  # training examples that set the threshold
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        "tune.py", description="Tune the routers of a frozen model.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line; whatever is wrong with the input ends here, with exit status 2."""
+
+    def __init__(self, prog: str, description: str):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=formatter)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    @contextmanager
+    def refuse_bad_input(self):
+        """Around the set-up of a run: what bad input raises there becomes an error of the command line."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(" ".join(str(error).split()))
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser("tune.py", "Tune the routers of a frozen model.")
     what = parser.add_argument_group("model and data")
     what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
     what.add_argument("--dataset", default=str(DEMO / "data"), help="local folder or Hub id; columns prompt, answer")
     what.add_argument("--split", default="train", help="split to tune on")
     what.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     what.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                      help="of the backbone; auto: bfloat16 on cuda, else float32. Routers are always float32")  # fmt: skip
+                      help="of the backbone; auto: bfloat16 on cuda, else float32")  # fmt: skip
     method = parser.add_argument_group("method")
-    method.add_argument("--layers", type=layer_list, help="routed layers, as 3,4,5; None: the deepest half but the last")
+    method.add_argument("--layers", type=layer_list, help="routed layers, as 3,4; None: the deepest half but the last")
     method.add_argument("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
     method.add_argument("--capacity", type=float, default=MindSkipConfig.capacity, help="target keep ratio, in [0, 1]")
     method.add_argument("--sparsity-weight", type=float, default=1.0, metavar="LAMBDA", help="lambda of the loss")
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=int, default=150, help="optimiser steps")
     run.add_argument("--batch-size", type=int, default=64, help="sequences in a step")
-    run.add_argument("--lr", type=float, default=1e-2, help="peak learning rate, after 10%% warm-up; cosine to zero")
+    run.add_argument("--lr", type=float, default=1e-2, help="peak, after 10%% warm-up; then cosine to zero")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--name", default="demo", help="results go to runs/NAME")
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run of that name")
@@ -79,36 +94,27 @@ def layer_list(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-@contextmanager
-def refuse_bad_input(parser: argparse.ArgumentParser):
-    """Turn what bad input raises while a run is being set up into one line and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-
-
 # ---------------------------------------------------------------------------------------------
 # Model and data
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[torch.nn.Module, object]:
-    """A frozen decoder in eval mode, on its device, and its tokenizer.
+def check_model_name(name: str) -> str:
+    """Refuse what is neither a folder nor like a Hub id, before anything asks the Hub."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name[0] in "./~"):
+        raise ValueError(f"--model {name}: no such folder, and not a Hub id (owner/name)")
+    return name
 
-    Raises:
-        ValueError, OSError: if the model, or the device, is not there.
-    """
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> torch.nn.Module:
+    """A frozen decoder in eval mode, on its device. ValueError or OSError if the model or the device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
         raise ValueError(f"--device {device}: not available here; use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    if not Path(name).is_dir() and (name.count("/") != 1 or name[0] in "./"):
-        raise ValueError(f"--model {name}: no such folder, and not a Hub id (owner/name)")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return model.eval().requires_grad_(False), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(check_model_name(name), dtype=getattr(torch, dtype))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_examples(name: str, split: str, tokenizer) -> list[dict]:
@@ -148,6 +154,11 @@ def collate(examples: list[dict], device: torch.device | str) -> dict[str, torch
         "labels": rows(lambda p: [-100] * len(p), list, -100),
         "voters": rows(lambda p: [True] * len(p), lambda a: [False] * len(a), False),
     }
+
+
+def subset(examples: list[dict], count: int, seed: int) -> list[dict]:
+    """At most `count` examples, drawn at random: a dataset may come sorted by task."""
+    return random.Random(seed).sample(examples, min(count, len(examples)))
 
 
 def batches(examples: list[dict], size: int, seed: int):
@@ -191,7 +202,7 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
 
 
 @torch.no_grad()
-def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 64, passes: int = 4) -> float:
+def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 256, passes: int = 4) -> float:
     """Set the threshold that opens `capacity` of the gates on these examples; returns the keep ratio there.
 
     A gate changes what the layers above it see, and so their scores: a few passes find the fixed point.
@@ -226,37 +237,46 @@ def default_layers(config) -> tuple[int, ...]:
 
 def open_folder(folder: Path, overwrite: bool) -> None:
     """Make the output folder; refuse one that has been used or cannot be written."""
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--name {folder.name}: {folder} holds an earlier run; choose another name, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+    (folder / ".writable").touch()
+    (folder / ".writable").unlink()
 
 
-def describe(model, tokens_seed: int) -> str:
-    total, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
-    trained = sum(p.numel() for p in router_parameters(model))
-    return (f"model {model.config.name_or_path} | {device} {str(model.dtype).removeprefix('torch.')} | seed {tokens_seed}"
-            f" | trainable {trained:,} of {total:,} parameters")  # fmt: skip
+def describe(model, seed: int) -> str:
+    trained, total = (sum(p.numel() for p in some) for some in (router_parameters(model), model.parameters()))
+    return (f"model {model.config.name_or_path} | {model.device} {str(model.dtype).removeprefix('torch.')}"
+            f" | seed {seed} | trainable {trained:,} of {total:,} parameters")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def quiet() -> None:
+    """No progress bars for what takes no time; ours shows what does."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
+    quiet()
     folder = Path("runs") / args.name
-    with refuse_bad_input(parser):
-        if args.steps < 1 or args.batch_size < 1 or args.lr <= 0 or args.sparsity_weight < 0:
+    with parser.refuse_bad_input():  # the cheap checks first, the weights last
+        if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or not args.sparsity_weight >= 0:
             raise ValueError("--steps, --batch-size and --lr must be above 0, --sparsity-weight at least 0")
-        MindSkipConfig((1,), args.granularity, capacity=args.capacity)  # before anything is loaded
+        if folder.parent != Path("runs") or not args.name.strip("."):
+            raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
+        base = AutoConfig.from_pretrained(check_model_name(args.model))
+        config = MindSkipConfig(args.layers or default_layers(base), args.granularity, capacity=args.capacity)
+        depth = base.get_text_config(decoder=True).num_hidden_layers
+        if config.layers[-1] >= depth:
+            raise ValueError(f"--layers {args.layers}: this model has layers 0 to {depth - 1}, and 0 is never routed")
+        examples = load_examples(args.dataset, args.split, AutoTokenizer.from_pretrained(args.model))
         open_folder(folder, args.overwrite)
-        model, tokenizer = load_model(args.model, args.device, args.dtype)
-        config = MindSkipConfig(args.layers or default_layers(model.config), args.granularity, capacity=args.capacity)
-        add_mindskip(model, config)
-        examples = load_examples(args.dataset, args.split, tokenizer)
+        model = add_mindskip(load_model(args.model, args.device, args.dtype), config)
     torch.manual_seed(args.seed)
     print(describe(model, args.seed))
     print(f"routed layers {config.layers} | capacity {config.capacity} | {len(examples):,} examples")
@@ -279,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
 
         tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, steps=args.steps,
              batch_size=args.batch_size, lr=args.lr, seed=args.seed, report=report)  # fmt: skip
-    measured = calibrate(model, examples[:CALIBRATION], args.capacity, args.batch_size)
+    measured = calibrate(model, subset(examples, CALIBRATION, args.seed), args.capacity)
     save_routers(model, folder / "routers.safetensors", base_model=args.model, keep_ratio=measured, versions=versions())
     threshold = next(module.config.threshold for module in model.modules() if isinstance(module, MindSkip))
     print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates (capacity {args.capacity})"

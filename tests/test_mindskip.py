@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import transformers
+from conftest import LAYERS, ROUTED, WIDTH, build, build_routed, routed, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mindskip
-from conftest import LAYERS, ROUTED, WIDTH, build, build_routed, routed, tokens
 from mindskip import (
     MindSkipConfig,
     add_mindskip,
@@ -22,7 +22,11 @@ from mindskip import (
     straight_through,
 )
 
-MIXED = {2: torch.tensor([1, 0, 1, 0]).bool(), 3: torch.tensor([0, 0, 1, 1]).bool(), 4: torch.tensor([0, 0, 0, 0]).bool()}
+MIXED = {
+    2: torch.tensor([1, 0, 1, 0]).bool(),
+    3: torch.tensor([0, 0, 1, 1]).bool(),
+    4: torch.tensor([0, 0, 0, 0]).bool(),
+}
 CLOSED = dict.fromkeys(ROUTED, False)
 
 
@@ -169,7 +173,11 @@ def test_answers_do_not_vote():
     labels = ids.masked_fill(voters, -100)
     model(ids[:, :12])
     prompt_only = decisions(model)
-    for arguments in ({"voters": voters}, {"labels": labels}, {"voters": voters, "attention_mask": torch.ones_like(ids)}):
+    for arguments in (
+        {"voters": voters},
+        {"labels": labels},
+        {"voters": voters, "attention_mask": torch.ones_like(ids)},
+    ):
         for suffix in (1, 2, 3):
             other = torch.cat([ids[:, :12], tokens(seed=suffix)[:, 12:]], 1)
             for mode in (model.eval(), model.train()):
@@ -204,7 +212,9 @@ def test_a_row_without_voters_is_refused():
 def test_one_token_prompt():
     model = build_routed()
     ids = tokens(length=1)
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
     with fix_gates(model, decisions(model)):
         assert torch.equal(generated, greedy_uncached(model, ids, 5))
 
@@ -248,7 +258,10 @@ def test_only_kept_rows_are_cached():
 def test_interleaved_generations_do_not_meet():
     model = build_routed()
     prompts = [tokens(rows=1, seed=seed) for seed in range(4)]
-    expected = [model.generate(p, attention_mask=torch.ones_like(p), max_new_tokens=6, do_sample=False, eos_token_id=None) for p in prompts]
+    expected = [
+        model.generate(p, attention_mask=torch.ones_like(p), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        for p in prompts
+    ]
     caches = [DynamicCache(config=model.config) for _ in prompts]
     sequences, inputs = list(prompts), list(prompts)
     patterns = set()
@@ -388,7 +401,9 @@ def test_hidden_states_are_not_overwritten():
     with fix_gates(model, MIXED):
         states = model(ids, output_hidden_states=True).hidden_states
         x, inputs = model.get_input_embeddings()(ids), []
-        hooks = [layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0].clone())) for layer in model.model.layers]
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0].clone())) for layer in model.model.layers
+        ]
         model(ids)
     assert torch.equal(states[0], x) and all(torch.equal(a, b) for a, b in zip(states, inputs))
     [hook.remove() for hook in hooks]
@@ -413,7 +428,9 @@ def test_gradient_checkpointing_gives_the_same_gates_and_gradients():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         voters = torch.zeros_like(ids).bool()
         voters[:, :12] = True
-        loss = model(ids, labels=ids.masked_fill(voters, -100), voters=voters, use_cache=False).loss + capacity_loss(model, 0.1)
+        loss = model(ids, labels=ids.masked_fill(voters, -100), voters=voters, use_cache=False).loss + capacity_loss(
+            model, 0.1
+        )
         loss.backward()
         gradients.append([decisions(model), [w.grad for w in router_parameters(model)]])
     (gates, plain), (again, checkpointed) = gradients
@@ -462,6 +479,25 @@ def test_routers_saved_and_loaded_decide_the_same(tmp_path):
     assert routed(fresh)[0].config == routed(model)[0].config
     assert (tmp_path / "routers.safetensors").stat().st_size < 4096
     assert [path.name for path in tmp_path.iterdir()] == ["routers.safetensors"]
+
+
+def test_loaded_routers_replace_those_that_are_there(tmp_path):
+    save_routers(build_routed(), tmp_path / "routers.safetensors")
+    model = add_mindskip(build(), MindSkipConfig((1, 5)))
+    assert len(routed(load_routers(model, tmp_path / "routers.safetensors"))) == len(ROUTED)
+    assert torch.equal(model(tokens()).logits, build_routed()(tokens()).logits)
+
+
+def test_a_wrapped_model_can_be_copied():
+    model, ids = build_routed(), tokens()
+    model(ids)
+    copied = copy.deepcopy(model)
+    voters = torch.zeros_like(ids).bool()
+    voters[:, 0] = True
+    assert torch.equal(copied(ids, voters=voters).logits, model(ids, voters=voters).logits)
+    copied(ids)
+    assert torch.equal(remove_mindskip(copied)(ids).logits, build()(ids).logits)
+    assert 0 < keep_ratio(model) < 1
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 32}, {"num_hidden_layers": 8}, {"family": "qwen3"}])
@@ -514,7 +550,8 @@ def test_attaching_leaves_the_random_state_alone():
     "arguments",
     [{"layers": (0, 1)}, {"layers": ()}, {"layers": (2, 2)}, {"layers": (-1,)}, {"layers": (1.5,)},
      {"layers": (1,), "capacity": 1.5}, {"layers": (1,), "capacity": -0.1}, {"layers": (1,), "capacity": "half"},
-     {"layers": (1,), "capacity": float("nan")}, {"layers": (1,), "threshold": 2}, {"layers": (1,), "granularity": "mlp-token"}],
+     {"layers": (1,), "capacity": float("nan")}, {"layers": (1,), "threshold": 2},
+     {"layers": (1,), "granularity": "mlp-token"}],
 )  # fmt: skip
 def test_bad_configurations_are_refused(arguments):
     with pytest.raises(ValueError):
