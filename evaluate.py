@@ -55,7 +55,19 @@ from mindskip import (
     remove_mindskip,
     router_parameters,
 )
-from tune import CALIBRATION, DEMO, Parser, check_model_name, collate, load_examples, load_model, quiet, subset, versions
+from tune import (
+    CALIBRATION,
+    DEMO,
+    Parser,
+    check_model_name,
+    collate,
+    load_examples,
+    load_model,
+    quiet,
+    routed,
+    subset,
+    versions,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Rows: each is a way to set the model up for a batch, and to put it back
@@ -151,10 +163,6 @@ def score(model, examples: list[dict], row: Row = dense(), batch_size: int = 256
     return {key: torch.cat(values).cpu() for key, values in collected.items()}
 
 
-def routed(model) -> list[MindSkip]:
-    return [module for module in model.modules() if isinstance(module, MindSkip)]
-
-
 def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
     """Accuracies in percent by task and on average (every task counts the same), with standard errors."""
     names = list(dict.fromkeys(tasks))
@@ -170,7 +178,7 @@ def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
     return {
         "accuracy": by_task, "average": average, "standard_error": math.sqrt(variance),
         "paired_standard_error": math.sqrt(paired), "loss": (scores["loss"].sum() / scores["tokens"].sum()).item(),
-        "keep": scores["gates"].mean().item() if scores["gates"].numel() else None,
+        "keep": scores["gates"].mean().item() if scores["gates"].numel() else 1.0,
     }  # fmt: skip
 
 
@@ -471,7 +479,7 @@ def quality_table(quality: dict[str, dict]) -> str:
         change = f"{row['average'] - quality['dense']['average']:+.2f} +-{row['paired_standard_error']:.2f}"
         lines.append([name, *(f"{row['accuracy'][task]:.1f}" for task in tasks), f"{row['average']:.2f}",
                       f"{row['standard_error']:.2f}", "" if name == "dense" else change, f"{row['loss']:.4f}",
-                      "" if row["keep"] is None else f"{row['keep']:.3f}"])  # fmt: skip
+                      f"{row['keep']:.3f}"])  # fmt: skip
     return table(["accuracy %", *tasks, "average", "+-", "to dense", "loss", "keep"], lines)
 
 
@@ -507,8 +515,7 @@ def show_progress(label: str):
     return progress
 
 
-def plot(results: dict, folder: Path) -> Path:
-    """Two panels: keep ratio by task and layer; accuracy of every row against the share of gates that it opens."""
+def import_pyplot():
     try:
         import matplotlib
     except ImportError as error:
@@ -516,6 +523,12 @@ def plot(results: dict, folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(results: dict, folder: Path) -> Path:
+    """Two panels: keep ratio by task and layer; accuracy of every row against the share of gates that it opens."""
+    pyplot = import_pyplot()
     keep, layers = results["keep_by_task_and_layer"], results["config"]["layers"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     image = left.imshow(list(keep.values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")
@@ -561,6 +574,58 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
     return parser, parser.parse_args(argv)
 
 
+def compare_quality(
+    model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], draws: int, seed: int
+):
+    """Score every row on `test`; `train` chooses static layers. Returns (summaries, static layers, our gates)."""
+    tasks = [example["task"] for example in test]
+    reference, scores = score(model, test), score(model, test, ours)
+    keep = scores["gates"].mean().item()
+    skipped = round((1 - keep) * len(config.layers))
+    often_closed = score(model, train, ours)["gates"].mean(0).argsort()[:skipped].tolist()
+    chosen = {
+        "similarity": tuple(sorted(similarity_order(model, train)[:skipped])),
+        "router": tuple(sorted(config.layers[i] for i in often_closed)),
+    }
+    subsets = {chosen["similarity"], chosen["router"]}
+    candidates = range(1, len(model.get_decoder().layers))
+    if is_searched := math.comb(len(candidates), skipped) <= 256:
+        subsets |= set(itertools.combinations(candidates, skipped))
+    static_scores, progress = {}, show_progress("static subsets")
+    for i, closed in enumerate(sorted(subsets)):
+        static_scores[closed] = summarize(score(model, test, static("", closed)), reference, tasks)
+        static_scores[closed]["keep"] = 1 - skipped / len(config.layers)
+        progress(i + 1, len(subsets))
+    if is_searched:
+        chosen["best"] = max(static_scores, key=lambda closed: static_scores[closed]["average"])
+
+    quality = {"dense": summarize(reference, reference, tasks), "mindskip": summarize(scores, reference, tasks)}
+    for name in ("similarity", "best", "router"):
+        if name in chosen:
+            quality[f"static, {name}"] = static_scores[chosen[name]]
+    drawn = [score(model, test, random_gates(config, keep, seed + i)) for i in range(draws)]
+    quality["random"] = mean_of([summarize(one, reference, tasks) for one in drawn])
+    return quality, chosen, scores["gates"]
+
+
+def compare_cost(
+    model, config: MindSkipConfig, ours: Row, closed: tuple, prompts: torch.Tensor, args
+) -> dict[str, dict]:
+    """Time and count the rows that differ in cost: a static drop costs the same whichever layers it closes."""
+    with torch.no_grad(), ours.using(model, len(prompts)):
+        prefill(model, prompts)
+        gates = {skip.layer: skip.gate for skip in routed(model)}
+    keep = torch.stack(list(gates.values())).mean().item()
+    rows = [dense(), ours, static("static", closed), random_gates(config, keep, args.seed), multiply(gates)]
+    cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
+    for row in cost.values():
+        fractions = {layer: gate.mean().item() for layer, gate in row.pop("gates").items()}
+        row["keep"] = 1 - sum(1 - fraction for fraction in fractions.values()) / len(config.layers)
+        row["prefill_gflops"] = forward_flops(model, args.prompt_length, args.prompt_length, fractions) / 1e9
+        row["decode_mflops"] = forward_flops(model, 1, args.prompt_length + args.new_tokens, fractions) / 1e6
+    return cost
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     folder = Path(args.routers).parent
@@ -572,81 +637,35 @@ def main(argv: list[str] | None = None) -> None:
             return show_limit(max(args.repeats, 25))
         if not Path(args.routers).is_file():
             raise ValueError(f"--routers {args.routers}: no such file; run tune.py first")
+        if args.plot:
+            import_pyplot()
         tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model))
         train = subset(load_examples(args.dataset, "train", tokenizer), CALIBRATION, args.seed)
         test = load_examples(args.dataset, args.split, tokenizer)
         model = load_model(args.model, args.device, args.dtype)
         config = routed(load_routers(model, args.routers))[0].config
         remove_mindskip(model)
-    tasks = [example["task"] for example in test]
+    print(f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}")
     print(
-        f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
-        f" | layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f}"
-        f" | {len(test):,} examples"
+        f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {len(test):,} examples"
     )
-
-    # Quality
     ours = mindskip(args.routers)
-    scores = {"dense": score(model, test), "mindskip": score(model, test, ours)}
-    keep = scores["mindskip"]["gates"].mean().item()
-    skipped = round((1 - keep) * len(config.layers))
-    similar = sorted(similarity_order(model, train)[:skipped])
-    train_gates = score(model, train, ours)["gates"].mean(0)  # (routed layers,)
-    often_closed = sorted(config.layers[i] for i in train_gates.argsort()[:skipped])
-    candidates = range(1, len(model.get_decoder().layers))
-    scores["static, similarity"] = score(model, test, static("", similar))
-    best = None
-    if math.comb(len(candidates), skipped) <= 256:
-        progress, choices = show_progress("static subsets"), list(itertools.combinations(candidates, skipped))
-        subsets = {}
-        for i, closed in enumerate(choices):
-            subsets[closed] = score(model, test, static("", closed))
-            progress(i + 1, len(choices))
-        best = max(subsets, key=lambda closed: summarize(subsets[closed], scores["dense"], tasks)["average"])
-        scores["static, best"] = subsets[best]
-    scores["static, router"] = score(model, test, static("", often_closed))
-    quality = {name: summarize(row, scores["dense"], tasks) for name, row in scores.items()}
-    draws = [
-        summarize(score(model, test, random_gates(config, keep, args.seed + i)), scores["dense"], tasks)
-        for i in range(args.draws)
-    ]
-    quality["random"] = mean_of(draws)
-    print(
-        f"\nstatic layers: similarity {similar}, best {list(best) if best else 'not searched'}, router {often_closed}\n"
-    )
-    print(quality_table(quality))
-    by_task_and_layer, keep_by_task = keep_table(scores["mindskip"]["gates"], tasks, config.layers)
-    print(f"\n{by_task_and_layer}\n")
 
-    # Cost
+    quality, chosen, gates = compare_quality(model, config, ours, train, test, args.draws, args.seed)
+    text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
+    described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
+    print(f"\n{quality_table(quality)}\nstatic: {described}\n\n{text}\n")
+
     prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
-    with torch.no_grad(), ours.using(model, len(prompts)):
-        prefill(model, prompts)
-        gates = {skip.layer: skip.gate for skip in routed(model)}
-    rows = [
-        dense(),
-        ours,
-        static("static, similarity", similar),
-        random_gates(config, keep, args.seed),
-        multiply(gates),
-    ]
-    cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
-    for row in cost.values():
-        fractions = {layer: gate.mean().item() for layer, gate in row.pop("gates").items()}
-        row["keep"] = sum(fractions.get(i, 1.0) for i in config.layers) / len(config.layers)
-        row["prefill_gflops"] = forward_flops(model, args.prompt_length, args.prompt_length, fractions) / 1e9
-        row["decode_mflops"] = forward_flops(model, 1, args.prompt_length + args.new_tokens, fractions) / 1e6
+    cost = compare_cost(model, config, ours, chosen["similarity"], prompts, args)
     print(cost_table(cost))
-    print(
-        f"for each prompt of {args.prompt_length} tokens, {args.batch_size} at a time, {args.new_tokens} new tokens;"
-        f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads"
-    )
+    print(f"{args.batch_size} prompts of {args.prompt_length} tokens at a time, {args.new_tokens} new tokens;"
+          f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")  # fmt: skip
 
-    results = {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost,
-               "static_layers": {"similarity": similar, "best": best, "router": often_closed},
-               "config": {**vars(config)}, "arguments": vars(args), "versions": versions()}  # fmt: skip
+    results = {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost, "static_layers": chosen,
+               "config": vars(config), "arguments": vars(args), "versions": versions()}  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{folder / 'results.json'}")
+    print(folder / "results.json")
     if args.plot:
         print(plot(results, folder))
 

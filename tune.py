@@ -1,6 +1,6 @@
 """Router-Tuning: train only the routers of a frozen model, on a small dataset, towards a budget of attention.
 
-    python tune.py                                    # the demo: 2 CPU cores, about a minute, under 1 GB
+    python tune.py                                    # the demo: 2 CPU cores, half a minute, under 1 GB
     python tune.py --capacity 0.25 --name quarter     # a tighter budget
     python evaluate.py --routers runs/demo/routers.safetensors
 
@@ -14,8 +14,13 @@ Differs from the paper:
     calibration   the hinge stops pushing at the budget, so training ends somewhere below it. Afterwards
                   the threshold is set to the quantile of the scores on training data that opens just
                   `capacity` of the gates. Without this the keep ratio misses the capacity.
-    lambda, lr    1 and 1e-2 for the demo, whose routers start at zero and see 150 steps; the released
-                  script has lambda 0 (no pressure at all) and lr 1e-5.
+    exploration   while tuning, logistic noise is added to the logit, so that a gate opens with probability
+                  `score`; a straight-through step was first meant for such units (arXiv 1308.3432). Without
+                  it all gates start at the threshold and close together, and an input that needs two
+                  layers learns nothing from opening one. --noise 0 is the paper's step; on the demo it
+                  costs points, and they depend on the seed.
+    lambda, lr    0.3 and 3e-2 for the demo, whose routers start at zero and see 300 steps; the paper's grid
+                  for lambda ends at 0.1, the released script has 0 (no pressure at all), and lr 1e-5.
 """
 
 import argparse
@@ -79,11 +84,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
     method.add_argument("--layers", type=layer_list, help="routed layers, as 3,4; None: the deepest half but the last")
     method.add_argument("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
     method.add_argument("--capacity", type=float, default=MindSkipConfig.capacity, help="target keep ratio, in [0, 1]")
-    method.add_argument("--sparsity-weight", type=float, default=1.0, metavar="LAMBDA", help="lambda of the loss")
+    method.add_argument("--sparsity-weight", type=float, default=0.3, metavar="LAMBDA", help="lambda of the loss")
+    method.add_argument("--noise", type=float, default=1.0, help="scale of the exploration; 0: the paper's hard step")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=int, default=150, help="optimiser steps")
+    run.add_argument("--steps", type=int, default=300, help="optimiser steps")
     run.add_argument("--batch-size", type=int, default=64, help="sequences in a step")
-    run.add_argument("--lr", type=float, default=1e-2, help="peak, after 10%% warm-up; then cosine to zero")
+    run.add_argument("--lr", type=float, default=3e-2, help="peak, after 10%% warm-up; then cosine to zero")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--name", default="demo", help="results go to runs/NAME")
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run of that name")
@@ -175,8 +181,30 @@ def batches(examples: list[dict], size: int, seed: int):
 # The training step
 
 
-def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float, steps: int, batch_size: int,
-         lr: float, seed: int, report=lambda record: None) -> None:  # fmt: skip
+def routed(model) -> list[MindSkip]:
+    return [module for module in model.modules() if isinstance(module, MindSkip)]
+
+
+@contextmanager
+def exploration(model, noise: float, seed: int):
+    """Add logistic noise to every router's logit: at noise 1 a gate opens with probability `score`."""
+    device = router_parameters(model)[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def explore(router, args, score):  # (B, 1, 1)
+        uniform = torch.rand(score.shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6).to(score.device)
+        return torch.sigmoid(torch.logit(score) + noise * torch.logit(uniform))
+
+    handles = [skip.router.register_forward_hook(explore) for skip in routed(model)] if noise > 0 else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float, noise: float, steps: int,
+         batch_size: int, lr: float, seed: int, report=lambda record: None) -> None:  # fmt: skip
     """Train the routers in place; `report` gets one dict of numbers a step.
 
     Logged: loss (task loss, nats a token), keep (keep ratio of the step), lr, tokens (in the step).
@@ -186,18 +214,19 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
     for parameter in router_parameters(model):
         parameter.requires_grad_(True)
     model.train()
-    for step, chosen in zip(range(1, steps + 1), batches(examples, batch_size, seed)):
-        batch = collate(chosen, model.device)
-        # ----- one step: the answer's loss, the budget, and a gradient that reaches routers only -----
-        task_loss = model(**batch, use_cache=False).loss
-        loss = task_loss + sparsity_weight * capacity_loss(model, capacity)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        # ---------------------------------------------------------------------------------------------
-        report({"step": step, "loss": task_loss.item(), "keep": keep_ratio(model),
-                "lr": schedule.get_last_lr()[0], "tokens": int(batch["attention_mask"].sum())})  # fmt: skip
+    with exploration(model, noise, seed):
+        for step, chosen in zip(range(1, steps + 1), batches(examples, batch_size, seed)):
+            batch = collate(chosen, model.device)
+            # ----- one step: the answer's loss, the budget, and a gradient that reaches routers only -----
+            task_loss = model(**batch, use_cache=False).loss
+            loss = task_loss + sparsity_weight * capacity_loss(model, capacity)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            # -----------------------------------------------------------------------------------------
+            report({"step": step, "loss": task_loss.item(), "keep": keep_ratio(model),
+                    "lr": schedule.get_last_lr()[0], "tokens": int(batch["attention_mask"].sum())})  # fmt: skip
     model.eval()
 
 
@@ -207,7 +236,7 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
 
     A gate changes what the layers above it see, and so their scores: a few passes find the fixed point.
     """
-    skips = [module for module in model.modules() if isinstance(module, MindSkip)]
+    skips = routed(model)
     for _ in range(passes):
         scores, kept = [], []
         for i in range(0, len(examples), batch_size):
@@ -265,8 +294,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     folder = Path("runs") / args.name
     with parser.refuse_bad_input():  # the cheap checks first, the weights last
-        if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or not args.sparsity_weight >= 0:
-            raise ValueError("--steps, --batch-size and --lr must be above 0, --sparsity-weight at least 0")
+        if args.steps < 1 or args.batch_size < 1 or not args.lr > 0:
+            raise ValueError("--steps, --batch-size and --lr must be above 0")
+        if not args.sparsity_weight >= 0 or not args.noise >= 0:
+            raise ValueError("--sparsity-weight and --noise must be at least 0")
         if folder.parent != Path("runs") or not args.name.strip("."):
             raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
         base = AutoConfig.from_pretrained(check_model_name(args.model))
@@ -297,12 +328,11 @@ def main(argv: list[str] | None = None) -> None:
                       f" | eta {seconds / record['step'] * (args.steps - record['step']) / 60:.1f} min",
                       end="\r" if sys.stdout.isatty() and not is_last else "\n", flush=True)  # fmt: skip
 
-        tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, steps=args.steps,
-             batch_size=args.batch_size, lr=args.lr, seed=args.seed, report=report)  # fmt: skip
+        tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, noise=args.noise,
+             steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed, report=report)  # fmt: skip
     measured = calibrate(model, subset(examples, CALIBRATION, args.seed), args.capacity)
     save_routers(model, folder / "routers.safetensors", base_model=args.model, keep_ratio=measured, versions=versions())
-    threshold = next(module.config.threshold for module in model.modules() if isinstance(module, MindSkip))
-    print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates (capacity {args.capacity})"
+    print(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates (capacity {args.capacity})"
           f" | {time.perf_counter() - started:.0f} s | {folder / 'routers.safetensors'}")  # fmt: skip
 
 

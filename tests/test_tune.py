@@ -28,7 +28,7 @@ def examples(count: int = 64, seed: int = 0) -> list[dict]:
 
 
 def tuned(model, **changes):
-    arguments = dict(capacity=0.5, sparsity_weight=1.0, steps=20, batch_size=16, lr=1e-2, seed=0)
+    arguments = dict(capacity=0.5, sparsity_weight=1.0, noise=1.0, steps=20, batch_size=16, lr=1e-2, seed=0)
     model.requires_grad_(False)
     tune.tune(model, examples(), **{**arguments, **changes})
     return model
@@ -88,6 +88,22 @@ def test_collate_lets_prompts_vote_and_answers_carry_the_loss():
     assert batch["voters"].tolist() == [[True, True, True, False, False], [True, False, False, False, False]]
 
 
+def test_exploration_opens_a_gate_with_the_probability_of_its_score():
+    model = add_mindskip(build(), MindSkipConfig(ROUTED)).train()
+    ids = torch.full((4000, 2), 5)
+    first = routed(model)[0]  # those above it see other inputs
+    first.router.weight.data.normal_(std=0.05)
+    model(ids, use_cache=False)
+    score = first.score.clone()
+    with tune.exploration(model, 1.0, seed=0):
+        model(ids, use_cache=False)
+        # 4,000 draws: four standard deviations are below 0.032
+        assert first.gate.mean().item() == pytest.approx(score.mean().item(), abs=0.032)
+        assert set(first.gate.flatten().tolist()) == {0.0, 1.0}
+    model(ids, use_cache=False)
+    assert torch.equal(first.score, score)
+
+
 def test_batches_visit_every_example_before_any_again():
     stream = tune.batches(list(range(10)), 4, seed=0)
     seen = [example for _ in range(5) for example in next(stream)]
@@ -130,6 +146,7 @@ BAD = {
     "no such dataset": (["--dataset", "nowhere"], "--dataset nowhere"),
     "no such split": (["--split", "dev"], "dev"),
     "no steps": (["--steps", "0"], "--steps"),
+    "negative noise": (["--noise", "-1"], "--noise"),
     "an abbreviation": (["--cap", "0.5"], "unrecognized arguments: --cap"),
 }
 

@@ -56,7 +56,7 @@ CHARACTERS = string.ascii_lowercase + string.digits + " =|,"
 TRAIN, TEST = 1000, 700  # examples of each task
 WIDTH = 36  # tokens; the longest pretraining sequence has 35
 LAYERS, DROPPED = 4, (1, 2)
-STEPS, DENSE_STEPS, BATCH, LR = 6000, 3000, 64, 1.5e-3
+STEPS, DENSE_STEPS, BATCH, LR = 5000, 2500, 64, 1.5e-3
 
 # ---- tasks: each gives a prompt and its answer, and perhaps further queries about the same prompt ----
 
@@ -99,17 +99,17 @@ def find(r):
 
 
 def apply_map(r):
-    (pairs, text), word = table(r), letters(r, 5, 5, "abcdef")
+    (pairs, text), word = table(r), letters(r, 4, 4, "abcdef")
     return [(f"map {text}|{word}=", "".join(pairs[c] for c in word))]
 
 
 def pam(r):
-    (pairs, text), word = table(r), letters(r, 5, 5, "abcdef")
+    (pairs, text), word = table(r), letters(r, 4, 4, "abcdef")
     return [(f"pam {text}|{word}=", "".join(pairs[c] for c in reversed(word)))]
 
 
 def yek(r):
-    (pairs, text), word = table(r), letters(r, 5, 5, "abcdef")
+    (pairs, text), word = table(r), letters(r, 4, 4, "abcdef")
     keys = {value: key for key, value in pairs.items()}
     return [(f"yek {text}|{word}=", "".join(keys[c] for c in reversed(word)))]
 
