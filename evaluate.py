@@ -315,25 +315,21 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.peak_bytes, self.made, self.given = 0, 0, {}, set()
+        self.operations, self.peak_bytes, self.given, self.made = 0, 0, {}, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        def storages(tree):
-            return {
-                t.untyped_storage()._cdata: t.untyped_storage()
-                for t in tree_leaves(tree)
-                if isinstance(t, torch.Tensor)
-            }
-
         self.operations += 1
-        self.given |= storages((args, kwargs)).keys() - self.made.keys()  # weights and inputs
+        self._note(self.given, (args, kwargs))  # weights and inputs
         output = function(*args, **(kwargs or {}))
         self.made = {key: at for key, at in self.made.items() if not at[0].expired()}
-        for key, storage in storages(output).items():
-            if key not in self.given and key not in self.made:
-                self.made[key] = (StorageWeakRef(storage), storage.nbytes())
+        self._note(self.made, output)
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
         return output
+
+    def _note(self, where: dict, tree) -> None:
+        for storage in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.given and storage._cdata not in self.made:
+                where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # which keeps the address taken
 
 
 def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:

@@ -233,9 +233,9 @@ class MindSkip(nn.Module):
         while len(cache.layers) <= self.layer:
             cache.layers.append(cache.layer_class_to_replicate())
         found = cache.layers[self.layer]
-        if isinstance(found, StaticLayer):
-            raise ValueError("a static KV cache has room for every row; use a DynamicCache, which MindSkip can shrink")
         if not isinstance(found, RoutedCacheLayer):
+            if isinstance(found, StaticLayer):
+                raise ValueError("a static KV cache has room for every row; use a DynamicCache, which can shrink")
             if found.get_seq_length() > 0:
                 raise ValueError("this KV cache was begun without routers, or in training mode: start a new one")
             first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))

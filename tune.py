@@ -131,7 +131,7 @@ def load_examples(name: str, split: str, tokenizer) -> list[dict]:
     """
     try:
         rows = datasets.load_dataset(name, split=split)
-    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"--dataset {name}, --split {split}: {error}") from error
     if not {"prompt", "answer"} <= set(rows.column_names):
         raise ValueError(f"--dataset {name}: needs columns prompt and answer, found {rows.column_names}")
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
              steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed, report=report)  # fmt: skip
     measured = calibrate(model, subset(examples, CALIBRATION, args.seed), args.capacity)
     save_routers(model, folder / "routers.safetensors", base_model=args.model, keep_ratio=measured, versions=versions())
-    print(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates (capacity {args.capacity})"
+    print(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates"
           f" | {time.perf_counter() - started:.0f} s | {folder / 'routers.safetensors'}")  # fmt: skip
 
 

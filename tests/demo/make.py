@@ -1,9 +1,10 @@
 """Make the demo from a seed: a small Llama, its tokenizer, and a dataset of eight character-level tasks.
 
-    python tests/demo/make.py            # MINUTES on 2 CPU cores (Xeon, torch 2.13); resumes from its checkpoint
+    python tests/demo/make.py            # 11 minutes on 2 CPU cores (Xeon, torch 2.13); resumes from its checkpoint
     python tests/demo/make.py --data     # the tokenizer and the dataset only; seconds
 
-Result: RESULT
+Result: 99.95% of test answers right (every task above 99.6%). With the attention of layer 1, of layer 2, or of both
+closed for every input, 84.8, 82.2 and 34.7%. Model 1.3 MB, data 0.9 MB.
 
 What was chosen, and why:
 
@@ -15,16 +16,16 @@ Tasks.  Each has one exact answer, so accuracy is exact match. They differ in ho
         after    after kqzme|z                   m        two: mark each letter with the one before, look up
         find     find ea,ce,bf,ab,dc,fd|b        f        two, likewise: the value of a key in a table
         reverse  reverse kqzme=                  emzqk    two: how far the answer has come, fetch the letter
-        map      map ea,ce,bf,ab,dc,fd|cafbc=    ebdfe    three: mark, look up all five, fetch the results
-        pam      pam ea,ce,bf,ab,dc,fd|cafbc=    efdbe    map, then reverse
-        yek      yek ea,ce,bf,ab,dc,fd|cafbc=    dabed    the key of each value, then reverse
+        map      map ea,ce,bf,ab,dc,fd|cafb=     ebdf     three: mark, look up all four, fetch the results
+        pam      pam ea,ce,bf,ab,dc,fd|cafb=     fdbe     map, then reverse
+        yek      yek ea,ce,bf,ab,dc,fd|cafb=     abed     the key of each value, then reverse
 
     Four layers are just enough for all of them. That is what gives the question "which inputs need this
-    layer's attention?" an answer: with eight layers every task could do without any two, and the best
-    static drop cost 0.8 points. Two and three look-ups in a row, the textbook example of depth, were
-    tried and given up: still at chance after 3,000 steps. The tasks with one answer letter ask several
-    queries about their word or table in pretraining, one in the dataset: one letter in a prompt is too
-    little gradient.
+    layer's attention?" an answer: in a trial with eight layers every task could do without any two of
+    layers 3-6, and the best static drop cost 0.8 points. Also tried: two and three look-ups in a row, the
+    textbook example of depth (still at chance after 2,750 steps), and words of five letters for map, pam and yek (no
+    single layer could be closed for them any more). The tasks with one answer letter ask several queries about their
+    word or table in pretraining, one in the dataset: one letter in a prompt is too little gradient.
 
 Stochastic depth.  In a large model the attention of deep layers is redundant for most inputs (arXiv
     2406.15786). A model of four layers uses all of them for everything, and nothing can be skipped. So the
@@ -218,8 +219,8 @@ def pretrain(tokenizer) -> LlamaForCausalLM:
         )
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=LR, betas=(0.9, 0.98), fused=True)  # fmt: skip
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), fused=True)
     forward, first, checkpoint = torch.compile(model), 0, HERE / "checkpoint.safetensors"
     if checkpoint.exists():
         first = load_checkpoint(checkpoint, model, optimizer)
