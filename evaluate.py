@@ -28,13 +28,14 @@ Columns. Counted (FLOPs) and measured (time) are different things and different 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -405,50 +406,56 @@ def operations_share() -> float:
     return (counts[0] - counts[1]) / (counts[0] - counts[2])
 
 
+def cpu_time(function, *args) -> tuple[float, object]:
+    """CPU milliseconds of this thread in one call, and what it returns."""
+    start = time.thread_time()
+    result = function(*args)
+    return 1e3 * (time.thread_time() - start), result
+
+
+def tuning_step(model, batch: torch.Tensor, optimizer) -> None:
+    (model(batch, labels=batch, use_cache=False).loss + capacity_loss(model, 0.5)).backward()
+    optimizer.step()
+
+
 def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
-    """CPU seconds of this thread, one thread, interleaved: shares of the ideal gain, and a tuning step's cost."""
+    """CPU time of one thread: shares of the ideal gain, and a tuning step's cost in dense forward passes.
+
+    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
+    """
     torch.set_num_threads(1)
     model, layers = limit_model()
     model.requires_grad_(False)
     prompt, batch = torch.arange(length)[None], torch.arange(1024).reshape(4, 256)
-    seconds = {"prefill": [], "decode": [], "step": []}
-    for repeat in range(-1, repeats):
-        prefills, decodes = [], []
-        for row in limit_rows(layers):
-            with row.using(model, 1), torch.no_grad():
-                start = time.thread_time()
-                cache, token = prefill(model, prompt)
-                between = time.thread_time()
-                decode(model, cache, token, new_tokens)
-                prefills.append(between - start)
-                decodes.append((time.thread_time() - between) / new_tokens)
-        with torch.no_grad():
-            start = time.thread_time()
-            model(batch, labels=batch, use_cache=False)
-            forward = time.thread_time() - start
-        add_mindskip(model, MindSkipConfig(layers))
-        model.train()
-        optimizer = torch.optim.AdamW(router_parameters(model), lr=1e-3)
-        start = time.thread_time()
-        (model(batch, labels=batch, use_cache=False).loss + capacity_loss(model, 0.5)).backward()
-        optimizer.step()
-        step = time.thread_time() - start
-        remove_mindskip(model.eval())
-        if repeat >= 0:
-            seconds["prefill"].append(prefills)
-            seconds["decode"].append(decodes)
-            seconds["step"].append((forward, step))
-        progress(repeat + 2, repeats + 1)
+    trained = add_mindskip(copy.deepcopy(model), MindSkipConfig(layers)).train()
+    optimizer = torch.optim.AdamW(router_parameters(trained), lr=1e-3)
+    times, ratios = {"prefill": [], "decode": []}, []
+    with ExitStack() as stack:
+        models = [copy.deepcopy(model) for _ in range(3)]
+        for row, copied in zip(limit_rows(layers), models):
+            stack.enter_context(row.using(copied, 1))
+        for repeat in range(-1, repeats):
+            with torch.no_grad():
+                prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
+                steps = [
+                    [cpu_time(decode, one, *state, 1)[0] for one, state in zip(models, states)]
+                    for _ in range(new_tokens)
+                ]
+                forward, _ = cpu_time(lambda: model(batch, labels=batch, use_cache=False))
+            step, _ = cpu_time(tuning_step, trained, batch, optimizer)
+            if repeat >= 0:
+                times["prefill"].append(prefills)
+                times["decode"].append([statistics.median(column) for column in zip(*steps)])
+                ratios.append(step / forward)
+            progress(repeat + 2, repeats + 1)
     results = {"operations": {"share": operations_share()}}
-    for phase in ("prefill", "decode"):
-        # Differences of noisy times: the share of the medians, and quartiles of the shares of single repeats.
-        medians = [statistics.median(column) for column in zip(*seconds[phase])]
-        shares = [(full - ours) / (full - cut) for full, ours, cut in seconds[phase]]
-        low, _, high = statistics.quantiles(shares, n=4)
+    for phase, rows in times.items():
+        # A share is a ratio of differences of noisy times: that of the medians, and quartiles of single repeats.
+        medians = [statistics.median(column) for column in zip(*rows)]
+        low, _, high = statistics.quantiles([(full - ours) / (full - cut) for full, ours, cut in rows], n=4)
         share = (medians[0] - medians[1]) / (medians[0] - medians[2])
-        names = ("dense_ms", "closed_ms", "removed_ms")
-        results[phase] = {"share": share, "q1": low, "q3": high, **dict(zip(names, (1e3 * m for m in medians)))}
-    low, middle, high = statistics.quantiles([step / forward for forward, step in seconds["step"]], n=4)
+        results[phase] = {"share": share, "q1": low, "q3": high, "dense_closed_removed_ms": medians}
+    low, middle, high = statistics.quantiles(ratios, n=4)
     results["tuning step"] = {"dense_forwards": middle, "q1": low, "q3": high}
     return results
 
