@@ -233,6 +233,16 @@ def test_cached_generation_equals_the_uncached_forward(family):
         assert torch.equal(generated, greedy_uncached(model, ids, 12, mask))
 
 
+def test_cached_generation_with_every_gate_closed(family):
+    # Gemma 3 sizes its full-attention mask by layer 2, which holds no keys then.
+    model, ids = build_routed(family), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # without padding no mask is made
+    with fix_gates(model, CLOSED):
+        generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(generated, greedy_uncached(model, ids, 6, mask))
+
+
 def test_decoding_calls_no_router(monkeypatch):
     model, ids = build_routed(), tokens()
     calls = count_calls(monkeypatch, routed(model)[0].router)
