@@ -127,9 +127,11 @@ def multiply(gates: dict[int, torch.Tensor]) -> Row:
 
         layers = model.get_decoder().layers
         handles = [layers[i].self_attn.register_forward_hook(hook(gate)) for i, gate in gates.items()]
-        yield
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     return Row("multiply", using)
 

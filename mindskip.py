@@ -199,7 +199,7 @@ class MindSkip(nn.Module):
             output, weights = self.attention(hidden_states=x, **kwargs)
             return output * self.gate.to(output.dtype), weights
 
-        memory = RoutedCacheLayer(None, None) if cache is None else self._memory(cache)
+        memory = RoutedCacheLayer(None, None) if cache is None else self._memory(cache)  # None: for this call only
         x = None  # the normalised input: not computed where nobody needs it
         if memory.gate is None:  # at prefill; afterwards no router runs, and no device sync
             x = self.norm(hidden_states) if self.fixed is None else None

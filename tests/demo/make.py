@@ -23,9 +23,10 @@ Tasks.  Each has one exact answer, so accuracy is exact match. They differ in ho
     Four layers are just enough for all of them. That is what gives the question "which inputs need this
     layer's attention?" an answer: in a trial with eight layers every task could do without any two of
     layers 3-6, and the best static drop cost 0.8 points. Also tried: two and three look-ups in a row, the
-    textbook example of depth (still at chance after 2,750 steps), and words of five letters for map, pam and yek
-    (hardly any of them survived closing a single layer, and tuning got stuck at 62-85%, so this was dropped). The tasks with one answer letter ask several queries about their
-    word or table in pretraining, one in the dataset: one letter in a prompt is too little gradient.
+    textbook example of depth (still at chance after 2,750 steps), and words of five letters for map, pam
+    and yek (hardly any of them survived closing a single layer, and tuning got stuck at 62-85%, so this
+    was dropped). The tasks with one answer letter ask several queries about their word or table in
+    pretraining, one in the dataset: one letter in a prompt is too little gradient.
 
 Stochastic depth.  In a large model the attention of deep layers is redundant for most inputs (arXiv
     2406.15786). A model of four layers uses all of them for everything, and nothing can be skipped. So the
