@@ -1,7 +1,6 @@
 """MindSkip: attention that runs only where a tiny router, tuned on a frozen model, says so.
 
-Paper: He et al., "Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth in
-Transformers", arXiv 2410.13184v6. For attention F, its normalised input x, a gate for each sequence:
+Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, its normalised input x, a gate per sequence:
 
     r = mean_t(x_t) . w      s = sigmoid(r)      m = 1[s >= tau]      y = residual + m * F(x)
 
@@ -13,20 +12,20 @@ Transformers", arXiv 2410.13184v6. For attention F, its normalised input x, a ga
     voters      the tokens that the mean is taken over: a prompt's, never padding's or an answer's
     shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
 
-Training computes every attention and multiplies by the gate, so that closed gates learn too.
-Evaluation calls nothing for a closed gate and caches nothing; both give the same logits.
-Differs from the paper: only prompt tokens vote, and a sequence is routed once, at prefill. Absent
-on purpose: MLP, block and token granularity (worse in the paper), and copies of modelling code.
+Training computes every attention and multiplies by the gate, so that closed gates learn too. Evaluation calls nothing
+for a closed gate and caches nothing; both give the same logits. Differs from the paper: only prompt tokens vote, once,
+at prefill. Absent on purpose: MLP, block and token granularity (worse in the paper), and copies of modelling code.
 """
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
@@ -124,10 +123,9 @@ class _Voters:
 
 @CacheLayerMixin.register  # transformers asks isinstance
 class RoutedCacheLayer:
-    """A layer of a KV cache with its routing decision: holds the original layer, for the kept rows only.
+    """A layer of a KV cache, for the kept rows only, with their routing decision; as long as the first layer is.
 
-    gate: (B, 1, 1) float32, None until the sequences have been routed. rows: (kept,) indices of the rows
-    whose gate is open, None for all. The length is that of the first layer, which every row runs.
+    gate: (B, 1, 1) float32, None before routing. rows: (kept,) indices of rows with an open gate, None for all.
     """
 
     def __init__(self, inner: CacheLayerMixin, first: CacheLayerMixin):
@@ -162,15 +160,11 @@ class RoutedCacheLayer:
     def reorder_cache(self, index: Tensor) -> None:
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
         index = index.to(self.gate.device)
-        if self.rows is None:
-            self.inner.reorder_cache(index)
-        else:
-            place = torch.full((len(self.gate),), -1, device=index.device)  # where a row's keys are, -1 nowhere
-            place[self.rows] = torch.arange(len(self.rows), device=index.device)
-            place = place[index]
-            self.inner.reorder_cache(place[place >= 0])
-            self.rows = (place >= 0).nonzero()[:, 0]
+        place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
         self.gate = self.gate[index]
+        is_open = self.gate.flatten() > 0
+        self.inner.reorder_cache(place[is_open])
+        self.rows = None if is_open.all() else is_open.nonzero()[:, 0]
 
     batch_select_indices = reorder_cache
 
@@ -194,15 +188,13 @@ class MindSkip(nn.Module):
         if self.training:
             if cache is not None and cache.get_seq_length(self.layer) > 0:
                 raise ValueError("training mode cannot continue a KV cache: call model.eval(), and start a new cache")
-            x = self.norm(hidden_states)
-            self.gate = self._route(x)
+            self.gate = self._route(x := self.norm(hidden_states))
             output, weights = self.attention(hidden_states=x, **kwargs)
             return output * self.gate.to(output.dtype), weights
 
         memory = RoutedCacheLayer(None, None) if cache is None else self._memory(cache)  # None: for this call only
-        x = None  # the normalised input: not computed where nobody needs it
+        x = self.norm(hidden_states) if memory.gate is None and self.fixed is None else None  # None: not needed (yet)
         if memory.gate is None:  # at prefill; afterwards no router runs, and no device sync
-            x = self.norm(hidden_states) if self.fixed is None else None
             memory.gate = self._route(hidden_states if x is None else x).detach()
             rows = memory.gate.flatten().nonzero()[:, 0]
             memory.rows = rows if len(rows) < len(memory.gate) else None
@@ -234,10 +226,8 @@ class MindSkip(nn.Module):
             cache.layers.append(cache.layer_class_to_replicate())
         found = cache.layers[self.layer]
         if not isinstance(found, RoutedCacheLayer):
-            if isinstance(found, StaticLayer):
-                raise ValueError("a static KV cache has room for every row; use a DynamicCache, which can shrink")
-            if found.get_seq_length() > 0:
-                raise ValueError("this KV cache was begun without routers, or in training mode: start a new one")
+            if isinstance(found, StaticLayer) or found.get_seq_length() > 0:
+                raise ValueError("routing needs a new DynamicCache, not a static one, nor one begun without routers")
             first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
             cache.layers[self.layer] = found = RoutedCacheLayer(found, first)
         return found
@@ -256,13 +246,17 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     if _routed(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
     decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", ())
+    layers, text, name = (
+        getattr(decoder, "layers", ()),
+        model.config.get_text_config(decoder=True),
+        type(model).__name__,
+    )
     fit = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")][1:]
-    text = model.config.get_text_config(decoder=True)
     if not set(config.layers) <= set(fit):
-        raise ValueError(f"layers {config.layers}: {type(model).__name__} has `self_attn`, after its first, in {fit}")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ValueError(f"{type(model).__name__} shares keys and values between layers: skipping one breaks others")
+        found = f"in {fit}" if fit else [child for child, _ in (layers[0] if layers else decoder).named_children()]
+        raise ValueError(f"layers {config.layers}: looked in {name} for `self_attn` after its first, found {found}")
+    if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
+        raise ValueError(f"{name}: keys shared between layers, or flex_attention, leave no rows that could be skipped")
     voters = _Voters(decoder)
     voters.handles = [m.register_forward_pre_hook(voters.listen, with_kwargs=True) for m in {model, decoder}]
     for i in config.layers:
@@ -289,8 +283,7 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
 def _move_norm(layer: nn.Module, hidden_size: int) -> None:
     """Move the layer norm into the wrapper, so that a closed gate skips it too, if it serves attention alone.
 
-    Families differ, so this looks: with attention closed, it is the child whose absence shows attention the bare
-    residual stream and changes nothing else (as it would if the MLP shared it).
+    Families differ, so look: it is the child whose absence shows a closed attention the bare residual, and no more.
     """
     skip, seen, like = layer.self_attn, [], next(layer.parameters())
     hidden = torch.linspace(-1, 1, hidden_size, device=like.device).to(like.dtype).reshape(1, 1, hidden_size)
@@ -316,10 +309,9 @@ def _move_norm(layer: nn.Module, hidden_size: int) -> None:
 def _base_names(skip: MindSkip, state: dict, prefix: str, metadata) -> None:
     """Give state_dict the base model's names, so that save_pretrained writes a checkpoint that it can load."""
     moved = {prefix + "attention.": prefix, prefix + "norm.": f"{prefix.removesuffix('self_attn.')}{skip.norm_name}."}
-    for key in list(state):
-        for inside, outside in moved.items():
-            if key.startswith(inside):
-                state[outside + key.removeprefix(inside)] = state.pop(key)
+    for inside, outside in moved.items():
+        for key in [key for key in state if key.startswith(inside)]:
+            state[key.replace(inside, outside)] = state.pop(key)
 
 
 def _routed(model: nn.Module) -> list[MindSkip]:
@@ -355,14 +347,11 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
     skips = {skip.layer: skip for skip in _routed(model)}
     if unknown := sorted(set(gates) - set(skips)):
         raise ValueError(f"layers {unknown} are not routed; routed are {sorted(skips)}")
-    before = {layer: skips[layer].fixed for layer in gates}
-    try:
+    with ExitStack() as stack:
         for layer, gate in gates.items():
+            stack.callback(setattr, skips[layer], "fixed", skips[layer].fixed)  # afterwards: as it was
             skips[layer].fixed = gate
         yield model
-    finally:
-        for layer, gate in before.items():
-            skips[layer].fixed = gate
 
 
 # ---- Saving and loading ----
@@ -371,29 +360,40 @@ def _shape_of(model: nn.Module) -> dict:
     return {"model_type": text.model_type, "hidden_size": text.hidden_size, "num_layers": text.num_hidden_layers}
 
 
-def save_routers(model: nn.Module, path: str | Path, **about) -> None:
-    """Write routers and configuration, a few KB of safetensors; `about` (JSON values) goes into its metadata."""
+def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None, **about) -> None:
+    """Write routers, `state` (more tensors), and as metadata configuration and `about` (JSON); all or nothing."""
     skips = _routed(model)
     if not skips:
         raise ValueError("the model has no routers to save: call add_mindskip first")
     tensors = {f"layers.{skip.layer}.router.weight": skip.router.weight.detach().cpu() for skip in skips}
     described = {"config": asdict(skips[0].config), "model": _shape_of(model), "about": about}
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    save_file(tensors, partial, {"mindskip": json.dumps(described)})
-    partial.replace(path)  # all or nothing
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(save({**tensors, **(state or {})}, {"mindskip": json.dumps(described)}))
+    partial.replace(path)
 
 
-def load_routers(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attach the routers saved at `path`, in place of any. ValueError if they are for another type, width or depth."""
+def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """What a file, or routers.safetensors of a Hub id, holds: ({config, model, about}, tensors). ValueError if none."""
+    if Path(path).suffix != ".safetensors" and not Path(path).exists():
+        path = hf_hub_download(str(path), "routers.safetensors", revision=revision)
     try:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})["mindskip"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            config = MindSkipConfig(**described["config"])
-    except (SafetensorError, KeyError, TypeError) as error:
+        described["config"] = MindSkipConfig(**described["config"])
+        for weight in [tensors[f"layers.{i}.router.weight"] for i in described["config"].layers]:
+            if weight.shape != (described["model"]["hidden_size"],) or not weight.isfinite().all():
+                raise ValueError("a weight is not finite, or not of the hidden size")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
+    return described, tensors
+
+
+def load_routers(model: nn.Module, path: str | Path, revision: str | None = None) -> nn.Module:
+    """Attach the routers of a file or a Hub id, in place of any. ValueError if they are for another kind of model."""
+    described, tensors = read_routers(path, revision)
     if described["model"] != _shape_of(model):
         raise ValueError(f"{path} was tuned for {described['model']}, but this model is {_shape_of(model)}")
-    for skip in _routed(add_mindskip(remove_mindskip(model), config)):
+    for skip in _routed(add_mindskip(remove_mindskip(model), described["config"])):
         skip.router.weight.data.copy_(tensors[f"layers.{skip.layer}.router.weight"])
     return model
