@@ -2,7 +2,8 @@
 
     python evaluate.py                    # the routers in runs/demo on the demo's test split; about a minute
     python evaluate.py --plot             # and figures (pip install -e '.[plot]')
-    python evaluate.py --limit            # how much of the ideal saving is reached: one thread, a few minutes
+    python evaluate.py --tasks arc_challenge,boolq,hellaswag,mmlu,openbookqa,piqa,rte,winogrande \\
+        --model meta-llama/Meta-Llama-3-8B --routers runs/llama   # the paper's table (pip install -e '.[tasks]')
 
 Rows. The last three ask whether it is worth anything that routing is *dynamic*:
 
@@ -28,44 +29,49 @@ Columns. Counted (FLOPs) and measured (time) are different things and different 
 """
 
 import argparse
-import copy
+import difflib
 import itertools
 import json
+import logging
 import math
 import statistics
-import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from mindskip import (
     MindSkip,
     MindSkipConfig,
     add_mindskip,
-    capacity_loss,
     fix_gates,
     load_routers,
+    read_routers,
     remove_mindskip,
-    router_parameters,
 )
 from tune import (
     CALIBRATION,
-    DEMO,
     Parser,
-    check_model_name,
+    add_input_arguments,
+    check_least,
     collate,
-    load_examples,
-    load_model,
+    examples_of,
+    load_tokenizer,
+    model_of,
+    open_folder,
+    prompt_of,
     quiet,
     routed,
+    show_progress,
     subset,
     versions,
 )
@@ -141,29 +147,38 @@ def multiply(gates: dict[int, torch.Tensor]) -> Row:
 
 
 @torch.no_grad()
-def score(model, examples: list[dict], row: Row = dense(), batch_size: int = 256) -> dict[str, torch.Tensor]:
+def score(model, examples: list[dict], row: Row = dense(), batch_size: int = 256,
+          progress=lambda done, total: None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Score answers given their prompts; only prompts vote.
 
     Returns, for N examples: correct (N,) bool; loss (N,) summed nats; tokens (N,) answer tokens;
     gates (N, routed layers), without columns where nothing is routed.
     """
     collected = {"correct": [], "loss": [], "tokens": [], "gates": []}
-    for i in range(0, len(examples), batch_size):
-        chosen = examples[i : i + batch_size]
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))  # less padding
+    for start in range(0, len(order), batch_size):
+        chosen = [examples[i] for i in order[start : start + batch_size]]
         batch = collate(chosen, model.device)
-        targets = batch.pop("labels")[:, 1:]  # (B, T - 1)
+        first = min(len(prompt_of(example)) for example in chosen) - 1  # the position that predicts the first answer
+        targets = batch.pop("labels")[:, first + 1 :]  # (B, A)
+        batch = {name: value[:, :-1] for name, value in batch.items()}  # nothing is predicted from the last token
         with row.using(model, len(chosen)):
             if not (skips := routed(model)):
                 batch.pop("voters")
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (B, T - 1, vocabulary)
-            gates = [skip.gate.flatten() for skip in skips]
+            logits = model(
+                **batch, use_cache=False, logits_to_keep=targets.shape[1]
+            ).logits.float()  # (B, A, vocabulary)
+            gates = [skip.gate.flatten().cpu() for skip in skips]
+        targets = targets.to(logits.device)
         is_answer = targets != -100
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # 0 where ignored
         collected["correct"].append(((logits.argmax(-1) == targets) | ~is_answer).all(1))
         collected["loss"].append(loss.sum(1))
         collected["tokens"].append(is_answer.sum(1))
         collected["gates"].append(torch.stack(gates, 1) if gates else torch.empty(len(chosen), 0))
-    return {key: torch.cat(values).cpu() for key, values in collected.items()}
+        progress(start + len(chosen), len(order))
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat(values).cpu()[back] for name, values in collected.items()}
 
 
 def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
@@ -186,7 +201,7 @@ def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
 
 
 @torch.no_grad()
-def similarity_order(model, examples: list[dict], batch_size: int = 256) -> list[int]:
+def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
     """Layers from 1 up, the most redundant attention first: lowest 1 - cos(x, x + F(x)), mean over prompt tokens.
 
     F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
@@ -215,11 +230,11 @@ def similarity_order(model, examples: list[dict], batch_size: int = 256) -> list
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
         voters = batch["voters"]
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         for i, at in seen.items():
             x, y = at["x"].float(), (at["x"] + at["added"]).float()
             cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
-            totals[i] = totals.get(i, 0.0) + (1 - cosine)[voters].sum().item()
+            totals[i] = totals.get(i, 0.0) + (1 - cosine)[voters.to(cosine.device)].sum().item()
         count += voters.sum().item()
     for handle in handles:
         handle.remove()
@@ -351,7 +366,7 @@ def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
     """(count, length) token ids: prompts of one task after another, repeated until they are long enough."""
     by_task = {}
     for example in examples:
-        by_task.setdefault(example["task"], []).append(example["prompt"] + example["answer"])
+        by_task.setdefault(example["task"], []).append(example["ids"])
     rows = []
     for i in range(count):
         own = by_task[list(by_task)[i % len(by_task)]]
@@ -361,105 +376,124 @@ def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# How much of the ideal is reached: all routed gates closed, against attention and its norm removed
+# Standard benchmarks, through lm-evaluation-harness (extra `tasks`)
+
+FEWSHOT = {
+    "arc_challenge": 25,
+    "hellaswag": 10,
+    "mmlu": 5,
+    "winogrande": 5,
+}  # else 0; as github.com/CASE-Lab-UMD/LLM-Drop
 
 
-class WithoutAttention(torch.nn.Module):
-    """A Llama decoder layer from which attention and its layer norm have been cut: the most that can be saved."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.mlp, self.norm = layer.mlp, layer.post_attention_layernorm
-
-    def forward(self, hidden_states, **kwargs):
-        return hidden_states + self.mlp(self.norm(hidden_states))
+def import_harness():
+    try:
+        import lm_eval.tasks
+    except ImportError as error:
+        raise ValueError("--tasks needs lm-evaluation-harness: pip install -e '.[tasks]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval
 
 
-def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-                         num_key_value_heads=8, vocab_size=2048)  # fmt: skip
-    return LlamaForCausalLM(config).eval(), (3, 4, 5, 6)
+def load_tasks(names: list[str], include_path: str | None):
+    """The harness's task manager. ValueError if a task is unknown, or asks for more than to score answers."""
+    manager = import_harness().tasks.TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks)
+            raise ValueError(f"--tasks {name}: unknown to lm-evaluation-harness; close are {close}")
+    for name, task in manager.load(names)["tasks"].items():
+        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+            raise ValueError(
+                f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only loglikelihood and multiple_choice"
+            )
+    return manager
 
 
-def limit_rows(layers: tuple[int, ...]) -> list[Row]:
-    @contextmanager
-    def removed(model, batch):
-        decoder = model.get_decoder()
-        whole = decoder.layers
-        decoder.layers = torch.nn.ModuleList(WithoutAttention(m) if i in layers else m for i, m in enumerate(whole))
-        yield
-        decoder.layers = whole
+def harness_adapter(model, tokenizer, batch_size: int, label: str):
+    """A model of the harness that scores by `score`: routers see the context, not padding or the answers."""
+    from lm_eval.api.model import TemplateLM
 
-    return [dense(), static("closed", layers), Row("removed", removed)]
+    class Adapter(TemplateLM):
+        def __init__(self):
+            super().__init__()
+            self.tokenizer, self.gates = tokenizer, []
+            self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
+
+        eot_token_id = property(lambda self: tokenizer.eos_token_id)
+        prefix_token_id = property(
+            lambda self: tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        )
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            if add_special_tokens is None:  # a text may bring its BOS along
+                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
+            return tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            examples = []
+            for _, context, answer in requests:
+                if len(answer) > self.max_length:
+                    raise ValueError(
+                        f"an answer of {len(answer)} tokens, where the model has {self.max_length} positions"
+                    )
+                ids = (context + answer)[-(self.max_length + 1) :]  # the last token is never fed, only scored
+                examples.append({"ids": ids, "labels": [-100] * (len(ids) - len(answer)) + answer})
+            scores = score(model, examples, batch_size=batch_size, progress=show_progress(label))
+            self.gates.append(scores["gates"])
+            return list(zip((-scores["loss"]).tolist(), scores["correct"].tolist()))
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            raise NotImplementedError("there is no context that could vote")
+
+        def generate_until(self, requests, disable_tqdm=False):
+            raise NotImplementedError("generated answers: use model.generate")
+
+    return Adapter()
 
 
-@torch.no_grad()
-def operations_share() -> float:
-    """(dense - closed) / (dense - removed), by operations dispatched in one decode step."""
-    model, layers = limit_model()
-    counts = []
-    for row in limit_rows(layers):
-        with row.using(model, 1):
-            cache, token = prefill(model, torch.arange(16)[None])
-            with Watch() as watch:
-                decode(model, cache, token, 1)
-        counts.append(watch.operations)
-    return (counts[0] - counts[1]) / (counts[0] - counts[2])
+def run_tasks(model, tokenizer, row: Row, names: list[str], manager, batch_size: int, fewshot: int | None = None,
+              limit: int | None = None) -> dict:  # fmt: skip
+    """{tasks: {name: {metric, value, standard_error, shots}}, average, keep}; percent. Normalised accuracy, if any."""
+    results, gates = {}, []
+    for name in names:
+        shots = FEWSHOT.get(name, 0) if fewshot is None else fewshot
+        with row.using(model, batch_size):
+            adapter = harness_adapter(model, tokenizer, batch_size, f"{name}, {row.name}")
+            results_of = import_harness().simple_evaluate(adapter, tasks=[name], num_fewshot=shots, limit=limit,
+                                                          task_manager=manager, log_samples=False)  # fmt: skip
+        found = results_of["results"][name]
+        metric = next(key for key in ("acc_norm,none", "acc,none", *found) if isinstance(found.get(key), float))
+        error = found.get(metric.replace(",", "_stderr,"))
+        results[name] = {"metric": metric.split(",")[0], "shots": shots, "value": 100 * found[metric],
+                         "standard_error": 100 * error if isinstance(error, float) else None}  # fmt: skip
+        gates += adapter.gates
+    gates = torch.cat(gates)
+    average = statistics.mean(result["value"] for result in results.values())
+    return {"tasks": results, "average": average, "keep": gates.mean().item() if gates.numel() else 1.0}
 
 
-def cpu_time(function, *args) -> tuple[float, object]:
-    """CPU milliseconds of this thread in one call, and what it returns."""
-    start = time.thread_time()
-    result = function(*args)
-    return 1e3 * (time.thread_time() - start), result
-
-
-def tuning_step(model, batch: torch.Tensor, optimizer) -> None:
-    (model(batch, labels=batch, use_cache=False).loss + capacity_loss(model, 0.5)).backward()
-    optimizer.step()
-
-
-def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
-    """CPU time of one thread: shares of the ideal gain, and a tuning step's cost in dense forward passes.
-
-    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
-    """
-    torch.set_num_threads(1)
-    model, layers = limit_model()
-    model.requires_grad_(False)
-    prompt, batch = torch.arange(length)[None], torch.arange(1024).reshape(4, 256)
-    trained = add_mindskip(copy.deepcopy(model), MindSkipConfig(layers)).train()
-    optimizer = torch.optim.AdamW(router_parameters(trained), lr=1e-3)
-    times, ratios = {"prefill": [], "decode": []}, []
-    with ExitStack() as stack:
-        models = [copy.deepcopy(model) for _ in range(3)]
-        for row, copied in zip(limit_rows(layers), models):
-            stack.enter_context(row.using(copied, 1))
-        for repeat in range(-1, repeats):
-            with torch.no_grad():
-                prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
-                steps = [
-                    [cpu_time(decode, one, *state, 1)[0] for one, state in zip(models, states)]
-                    for _ in range(new_tokens)
-                ]
-                forward, _ = cpu_time(lambda: model(batch, labels=batch, use_cache=False))
-            step, _ = cpu_time(tuning_step, trained, batch, optimizer)
-            if repeat >= 0:
-                times["prefill"].append(prefills)
-                times["decode"].append([statistics.median(column) for column in zip(*steps)])
-                ratios.append(step / forward)
-            progress(repeat + 2, repeats + 1)
-    results = {"operations": {"share": operations_share()}}
-    for phase, rows in times.items():
-        # A share is a ratio of differences of noisy times: that of the medians, and quartiles of single repeats.
-        medians = [statistics.median(column) for column in zip(*rows)]
-        low, _, high = statistics.quantiles([(full - ours) / (full - cut) for full, ours, cut in rows], n=4)
-        share = (medians[0] - medians[1]) / (medians[0] - medians[2])
-        results[phase] = {"share": share, "q1": low, "q3": high, "dense_closed_removed_ms": medians}
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    results["tuning step"] = {"dense_forwards": middle, "q1": low, "q3": high}
+def compare_tasks(model, tokenizer, config: MindSkipConfig, ours: Row, train: list[dict], names: list[str], manager,
+                  args) -> dict:  # fmt: skip
+    """Dense, MindSkip, and attention removed from as many layers, chosen by similarity on training data."""
+    run = partial(run_tasks, model, tokenizer, names=names, manager=manager, batch_size=args.micro_batch_size,
+                  fewshot=args.num_fewshot, limit=args.task_limit)  # fmt: skip
+    results = {"dense": run(dense()), "mindskip": run(ours)}
+    skipped = round((1 - results["mindskip"]["keep"]) * len(config.layers))
+    closed = tuple(sorted(similarity_order(model, train, args.micro_batch_size)[:skipped]))
+    results["static"] = {**run(static("static", closed)), "keep": 1 - skipped / len(config.layers), "closed": closed}
     return results
+
+
+def tasks_table(results: dict) -> str:
+    heads = [f"{name} ({at['shots']})" for name, at in results["dense"]["tasks"].items()]
+    lines = []
+    for name, row in results.items():
+        errors = [at["standard_error"] for at in row["tasks"].values()]
+        cells = [f"{at['value']:.1f} +-{math.nan if error is None else error:.1f}"
+                 for at, error in zip(row["tasks"].values(), errors)]  # fmt: skip
+        lines.append([name, *cells, f"{row['average']:.2f}", f"{row['keep']:.3f}"])
+    return table(["% (shots)", *heads, "average", "keep"], lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,17 +543,6 @@ def keep_table(gates: torch.Tensor, tasks: list[str], layers: tuple[int, ...]) -
     return table(["keep ratio", *(f"layer {i}" for i in layers), "all"], lines), means
 
 
-def show_progress(label: str):
-    start = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        eta = (time.perf_counter() - start) / done * (total - done)
-        if sys.stderr.isatty() or done == total:
-            print(f"\r{label} {done}/{total} | eta {eta:.0f} s ", end="\n" if done == total else "", file=sys.stderr)
-
-    return progress
-
-
 def import_pyplot():
     try:
         import matplotlib
@@ -559,37 +582,59 @@ def plot(results: dict, folder: Path) -> Path:
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser("evaluate.py", "Measure a tuned model against the dense one.")
-    what = parser.add_argument_group("model and data")
-    what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of the model that was tuned")
-    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="what tune.py has written")
-    what.add_argument("--dataset", default=str(DEMO / "data"), help="local folder or Hub id; columns prompt, answer")
-    what.add_argument("--split", default="test", help="split to score; the train split chooses static layers")
-    what.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    what.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    what.add_argument("--draws", type=int, default=3, help="draws of random gates")
-    what.add_argument("--seed", type=int, default=0, help="of the random gates")
+    what = add_input_arguments(parser, "test")
+    what.add_argument("--calibration-split", default="train", help="split that chooses static layers")
+    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="file of tune.py, or Hub id")
+    what.add_argument("--output", help="folder for results; None: beside the routers, or runs/NAME for a Hub id")
+    quality = parser.add_argument_group("quality")
+    quality.add_argument("--micro-batch-size", type=int, default=256, help="examples scored at a time")
+    quality.add_argument("--draws", type=int, default=3, help="draws of random gates")
+    quality.add_argument("--seed", type=int, default=0, help="of the random gates")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--prompt-length", type=int, default=512, help="tokens in each prompt of the timing")
     cost.add_argument("--new-tokens", type=int, default=16, help="decode passes for each prompt")
     cost.add_argument("--batch-size", type=int, default=8, help="prompts at a time in the timing")
     cost.add_argument("--repeats", type=int, default=10, help="timed repeats of every row, at least 2")
-    more = parser.add_argument_group("more")
-    more.add_argument("--plot", action="store_true", help="figures beside the routers; needs the extra `plot`")
-    more.add_argument("--limit", action="store_true", help="only the shares of the ideal saving, on a random model")
+    cost.add_argument("--plot", action="store_true", help="figures, too; needs the extra `plot`")
+    tasks = parser.add_argument_group("standard benchmarks, in place of the above; needs the extra `tasks`")
+    tasks.add_argument("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
+    tasks.add_argument("--num-fewshot", type=int, help=f"shots; None: {FEWSHOT}, else 0")
+    tasks.add_argument("--task-limit", type=int, help="questions of each task; None: all")
+    tasks.add_argument("--include-path", help="folder with task definitions of your own")
     return parser, parser.parse_args(argv)
 
 
-def compare_quality(
-    model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], draws: int, seed: int
-):
+def check_arguments(args: argparse.Namespace) -> None:
+    """What can be wrong by itself, with no file opened."""
+    least = {"prompt_length": 1, "new_tokens": 1, "batch_size": 1, "micro_batch_size": 1, "draws": 1, "repeats": 2,
+             "max_samples": 1, "max_length": 2, "num_fewshot": 0, "task_limit": 1}  # fmt: skip
+    check_least(args, least)
+    if args.plot:
+        import_pyplot()
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise ValueError(f"--include-path {args.include_path}: no such folder")
+
+
+def find_routers(name: str) -> str:
+    """The file that --routers means, fetched if it is a Hub id."""
+    path = Path(name, "routers.safetensors") if Path(name).is_dir() else Path(name)
+    if path.is_file():
+        return str(path)
+    if path.suffix == ".safetensors" or name.count("/") != 1:
+        raise ValueError(f"--routers {name}: no such file, and not a Hub id (owner/name); run tune.py first")
+    return hf_hub_download(name, "routers.safetensors")
+
+
+def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], args):
     """Score every row on `test`; `train` chooses static layers. Returns (summaries, static layers, our gates)."""
     tasks = [example["task"] for example in test]
-    reference, scores = score(model, test), score(model, test, ours)
+    scored = partial(score, model, batch_size=args.micro_batch_size)
+    reference, scores = scored(test), scored(test, ours)
     keep = scores["gates"].mean().item()
     skipped = round((1 - keep) * len(config.layers))
-    often_closed = score(model, train, ours)["gates"].mean(0).argsort()[:skipped].tolist()
+    often_closed = scored(train, ours)["gates"].mean(0).argsort()[:skipped].tolist()
     chosen = {
-        "similarity": tuple(sorted(similarity_order(model, train)[:skipped])),
+        "similarity": tuple(sorted(similarity_order(model, train, args.micro_batch_size)[:skipped])),
         "router": tuple(sorted(config.layers[i] for i in often_closed)),
     }
     subsets = {chosen["similarity"], chosen["router"]}
@@ -598,7 +643,7 @@ def compare_quality(
         subsets |= set(itertools.combinations(candidates, skipped))
     static_scores, progress = {}, show_progress("static subsets")
     for i, closed in enumerate(sorted(subsets)):
-        static_scores[closed] = summarize(score(model, test, static("", closed)), reference, tasks)
+        static_scores[closed] = summarize(scored(test, static("", closed)), reference, tasks)
         static_scores[closed]["keep"] = 1 - skipped / len(config.layers)
         progress(i + 1, len(subsets))
     if is_searched:
@@ -608,7 +653,7 @@ def compare_quality(
     for name in ("similarity", "best", "router"):
         if name in chosen:
             quality[f"static, {name}"] = static_scores[chosen[name]]
-    drawn = [score(model, test, random_gates(config, keep, seed + i)) for i in range(draws)]
+    drawn = [scored(test, random_gates(config, keep, args.seed + i)) for i in range(args.draws)]
     quality["random"] = mean_of([summarize(one, reference, tasks) for one in drawn])
     return quality, chosen, scores["gates"]
 
@@ -633,46 +678,60 @@ def compare_cost(
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
-    folder = Path(args.routers).parent
     quiet()
-    with parser.refuse_bad_input():
-        if min(args.prompt_length, args.new_tokens, args.batch_size, args.draws) < 1 or args.repeats < 2:
-            raise ValueError("--prompt-length, --new-tokens, --batch-size, --draws: at least 1; --repeats: at least 2")
-        if args.limit:
-            return show_limit(max(args.repeats, 25))
-        if not Path(args.routers).is_file():
-            raise ValueError(f"--routers {args.routers}: no such file; run tune.py first")
-        if args.plot:
-            import_pyplot()
-        tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model))
-        train = subset(load_examples(args.dataset, "train", tokenizer), CALIBRATION, args.seed)
-        test = load_examples(args.dataset, args.split, tokenizer)
-        model = load_model(args.model, args.device, args.dtype)
-        config = routed(load_routers(model, args.routers))[0].config
+    with parser.refuse_bad_input():  # the cheap checks first, the weights last
+        check_arguments(args)
+        path = find_routers(args.routers)
+        described, _ = read_routers(path)
+        is_local = Path(args.routers).exists()
+        folder = Path(args.output or (Path(path).parent if is_local else f"runs/{args.routers.split('/')[1]}"))
+        open_folder(folder, overwrite=True)
+        names = args.tasks.split(",") if args.tasks else []
+        manager = load_tasks(names, args.include_path) if names else None
+        tokenizer = load_tokenizer(args)
+        train, _ = examples_of(args, args.calibration_split, tokenizer)
+        train = subset(train, CALIBRATION, args.seed)
+        test, told = ([], f"{len(names)} tasks") if names else examples_of(args, args.split, tokenizer)
+        model = model_of(args)
+        config = routed(load_routers(model, path))[0].config
         remove_mindskip(model)
     print(f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}")
-    print(
-        f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {len(test):,} examples"
-    )
-    ours = mindskip(args.routers)
+    print(f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {told}")
+    if "step" in described["about"]:
+        print(f"UNFINISHED: these are the routers of step {described['about']['step']}, not calibrated; resume tune.py")
+    ours = mindskip(path)
+    results = {"config": vars(config), "arguments": vars(args), "versions": versions()}
 
-    quality, chosen, gates = compare_quality(model, config, ours, train, test, args.draws, args.seed)
-    text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
-    described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
-    print(f"\n{quality_table(quality)}\nstatic: {described}\n\n{text}\n")
+    if names:
+        with parser.stop_cleanly():
+            results["tasks"] = compare_tasks(model, tokenizer, config, ours, train, names, manager, args)
+            write_results(results, folder / "tasks.json")
+        print(f"\n{tasks_table(results['tasks'])}\nstatic closes {list(results['tasks']['static']['closed'])}")
+        return print(folder / "tasks.json")
 
-    prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
-    cost = compare_cost(model, config, ours, chosen["similarity"], prompts, args)
-    print(cost_table(cost))
-    print(f"{args.batch_size} prompts of {args.prompt_length} tokens at a time, {args.new_tokens} new tokens;"
-          f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")  # fmt: skip
+    with parser.stop_cleanly():
+        quality, chosen, gates = compare_quality(model, config, ours, train, test, args)
+        text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
+        described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
+        print(f"\n{quality_table(quality)}\nstatic: {described}\n\n{text}\n")
 
-    results = {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost, "static_layers": chosen,
-               "config": vars(config), "arguments": vars(args), "versions": versions()}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
+        cost = compare_cost(model, config, ours, chosen["similarity"], prompts, args)
+        print(cost_table(cost))
+        print(f"{args.batch_size} prompts of {args.prompt_length} tokens at a time, {args.new_tokens} new tokens;"
+              f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")  # fmt: skip
+
+        results |= {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost, "static_layers": chosen}
+        write_results(results, folder / "results.json")
     print(folder / "results.json")
     if args.plot:
         print(plot(results, folder))
+
+
+def write_results(results: dict, path: Path) -> None:
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(json.dumps(results, indent=2) + "\n")
+    partial_path.replace(path)
 
 
 def mean_of(rows: list[dict]) -> dict:
@@ -681,18 +740,6 @@ def mean_of(rows: list[dict]) -> dict:
     if isinstance(first, dict):
         return {key: mean_of([row[key] for row in rows]) for key in first}
     return sum(rows) / len(rows)
-
-
-def show_limit(repeats: int) -> None:
-    results = time_limit(repeats, show_progress("limit"))
-    print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
-    lines = [["decode, operations", f"{results['operations']['share']:.3f}", ""]]
-    for phase in ("prefill", "decode"):
-        at = results[phase]
-        lines.append([f"{phase}, CPU time", f"{at['share']:.3f}", f"[{at['q1']:.3f} {at['q3']:.3f}]"])
-    at = results["tuning step"]
-    lines.append(["tuning step, in dense forwards", f"{at['dense_forwards']:.2f}", f"[{at['q1']:.2f} {at['q3']:.2f}]"])
-    print(table(["share of the ideal gain", "median", "quartiles"], lines))
 
 
 if __name__ == "__main__":

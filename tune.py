@@ -2,11 +2,22 @@
 
     python tune.py                                    # the demo: 2 CPU cores, half a minute, under 1 GB
     python tune.py --capacity 0.25 --name quarter     # a tighter budget
+    python tune.py --name quarter --resume            # go on after Ctrl-C or a kill: the same command, and --resume
+    torchrun --nproc-per-node 2 tune.py --name two    # data-parallel; the same routers, up to rounding
     python evaluate.py --routers runs/demo/routers.safetensors
 
 The loss is the paper's (arXiv 2410.13184v6, Eq. 9/10), on the answer's tokens:
 
     L = L_task + lambda * ReLU(mean gate - capacity)
+
+Data. The first of these sets of columns that a dataset has decides how it is read; only what is marked * is scored,
+and only what comes before the first * votes:
+
+    messages                      the tokenizer's chat template; turns of the assistant *
+    instruction, (input,) output  the Alpaca template; output *
+    prompt, answer                as they are; answer *
+    text                          the first half of the tokens votes, the second half *: no decision sees what it is
+                                  scored on
 
 Differs from the paper:
     one budget    the mean runs over all routed layers and the whole batch of an optimiser step; a
@@ -24,18 +35,24 @@ Differs from the paper:
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
 import random
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from mindskip import (
@@ -43,7 +60,8 @@ from mindskip import (
     MindSkipConfig,
     add_mindskip,
     capacity_loss,
-    keep_ratio,
+    load_routers,
+    read_routers,
     router_parameters,
     save_routers,
 )
@@ -67,19 +85,47 @@ class Parser(argparse.ArgumentParser):
         """Around the set-up of a run: what bad input raises there becomes an error of the command line."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, SafetensorError) as error:
             self.error(" ".join(str(error).split()))
+
+    @contextmanager
+    def stop_cleanly(self):
+        """Around the run itself, whose progress is on the disk: what can end it early ends it in one line."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.prog}: stopped; the same command with --resume goes on\n")
+        except torch.OutOfMemoryError:
+            self.error("out of memory; the same command with --resume and a smaller --micro-batch-size, or with"
+                       " --gradient-checkpointing, goes on")  # fmt: skip
+        except (OSError, FloatingPointError) as error:
+            self.error(" ".join(str(error).split()))
+
+
+def add_input_arguments(parser: Parser, split: str) -> argparse._ArgumentGroup:
+    """The model and the data, in the same words for both scripts."""
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
+    what.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    what.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    what.add_argument("--device-map", choices=["auto"], help="spread the model over GPUs; needs the extra `accelerate`")
+    what.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                      help="of the backbone; auto: bfloat16 on cuda, else float32")  # fmt: skip
+    what.add_argument("--attn-implementation", choices=["eager", "sdpa", "flash_attention_2", "flash_attention_3"],
+                      help="None: what transformers chooses")  # fmt: skip
+    what.add_argument("--dataset", default=str(DEMO / "data"),
+                      help="Hub id, or local folder, JSON, JSON lines or Parquet file; columns: see above")  # fmt: skip
+    what.add_argument("--dataset-config", help="configuration (subset) of a dataset")
+    what.add_argument("--split", default=split, help="split, or a part of one, as train[:1000]")
+    what.add_argument("--max-samples", type=int, help="examples drawn at random; None: all")
+    what.add_argument("--max-length", type=int, default=2048, help="tokens of an example; the rest is cut away")
+    return what
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser("tune.py", "Tune the routers of a frozen model.")
-    what = parser.add_argument_group("model and data")
-    what.add_argument("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
-    what.add_argument("--dataset", default=str(DEMO / "data"), help="local folder or Hub id; columns prompt, answer")
-    what.add_argument("--split", default="train", help="split to tune on")
-    what.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    what.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                      help="of the backbone; auto: bfloat16 on cuda, else float32")  # fmt: skip
+    add_input_arguments(parser, "train")
     method = parser.add_argument_group("method")
     method.add_argument("--layers", type=layer_list, help="routed layers, as 3,4; None: the deepest half but the last")
     method.add_argument("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
@@ -88,11 +134,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
     method.add_argument("--noise", type=float, default=1.0, help="scale of the exploration; 0: the paper's hard step")
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=int, default=300, help="optimiser steps")
-    run.add_argument("--batch-size", type=int, default=64, help="sequences in a step")
+    run.add_argument("--batch-size", type=int, default=64, help="sequences in a step, of all processes together")
+    run.add_argument("--micro-batch-size", type=int, help="sequences in a forward pass, of one process; None: all")
+    run.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, to store fewer")
     run.add_argument("--lr", type=float, default=3e-2, help="peak, after 10%% warm-up; then cosine to zero")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--name", default="demo", help="results go to runs/NAME")
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run of that name")
+    run.add_argument("--resume", action="store_true", help="go on with an unfinished run of that name")
     return parser, parser.parse_args(argv)
 
 
@@ -101,7 +150,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Model and data
+# Model
 
 
 def check_model_name(name: str) -> str:
@@ -111,54 +160,191 @@ def check_model_name(name: str) -> str:
     return name
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> torch.nn.Module:
-    """A frozen decoder in eval mode, on its device. ValueError or OSError if the model or the device is not there."""
+def source(args: argparse.Namespace) -> dict:
+    """Which files of the Hub are meant, and whether code among them may run: for every from_pretrained."""
+    return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def load_tokenizer(args: argparse.Namespace):
+    tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model), **source(args))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
+    return tokenizer
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=None, **options) -> torch.nn.Module:
+    """A frozen decoder in eval mode, from safetensors only; `options` go to from_pretrained.
+
+    Raises:
+        ValueError or OSError: if the model or the device is not there, or a weight is not finite.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
         raise ValueError(f"--device {device}: not available here; use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    model = AutoModelForCausalLM.from_pretrained(check_model_name(name), dtype=getattr(torch, dtype))
-    return model.to(device).eval().requires_grad_(False)
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ValueError("--device-map needs accelerate: pip install -e '.[accelerate]'")
+    options |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(check_model_name(name), **options).eval().requires_grad_(False)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"--device-map {device_map}: {name} does not fit on the devices; use more, or a smaller dtype")
+    if device_map is None:
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    for weight, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"--model {name}: {weight} is not finite in {dtype}; use another --dtype or checkpoint")
+    return model
 
 
-def load_examples(name: str, split: str, tokenizer) -> list[dict]:
-    """Tokenized examples: {task, prompt: [ids], answer: [ids], ending with EOS}.
+def model_of(args: argparse.Namespace) -> torch.nn.Module:
+    return load_model(args.model, args.device, args.dtype, args.device_map,
+                      attn_implementation=args.attn_implementation, **source(args))  # fmt: skip
 
-    Raises:
-        ValueError: if the dataset or split is not there, is empty, or has no columns prompt and answer.
-    """
+
+# ---------------------------------------------------------------------------------------------
+# Data: an example is {task, ids, labels}, labels being -100 where nothing is scored
+
+
+def chat_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
+    """A conversation as the tokenizer's chat template writes it: pieces of text, and whether each is scored."""
+
+    def render(messages, **options):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    messages = row["messages"]
+    whole, pieces, done = render(messages), [], 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i > 0:
+            before, content = render(messages[:i], add_generation_prompt=True), message["content"].strip()
+            closing = render(messages[: i + 1]).rpartition(content)[2]  # what the template writes after a turn
+            end = whole.find(content + closing, len(before))
+            if not whole.startswith(before) or end < 0:
+                raise ValueError(
+                    "the chat template writes the beginning of a conversation in another way than all of it"
+                )
+            end += len(content + closing)
+            pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+            done = end
+    return pieces
+
+
+def alpaca_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
+    """The template of Alpaca, https://github.com/tatsu-lab/stanford_alpaca."""
+    given = row.get("input") or ""
+    task = (
+        "that describes a task, paired with an input that provides further context"
+        if given
+        else "that describes a task"
+    )
+    prompt = f"Below is an instruction {task}. Write a response that appropriately completes the request.\n\n"
+    prompt += f"### Instruction:\n{row['instruction']}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
+    return [(prompt + "### Response:\n", False), (row["output"], True)]
+
+
+FORMATS = {  # columns that decide: how a row is read. In this order: the Alpaca dataset has a column `text`, too
+    ("messages",): chat_pieces,
+    ("instruction", "output"): alpaca_pieces,
+    ("prompt", "answer"): lambda row, tokenizer: [(row["prompt"], False), (row["answer"], True)],
+    ("text",): lambda row, tokenizer: [(row["text"], False)],
+}
+
+
+def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
+    """Rows of a Hub dataset, a local folder or a local file. ValueError if they are not there, or empty."""
+    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     try:
-        rows = datasets.load_dataset(name, split=split)
+        if not Path(name).is_file():
+            rows = datasets.load_dataset(name, config, split=split)
+        elif Path(name).suffix in kinds:
+            rows = datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split)
+        else:
+            raise ValueError(f"a file must end in {', '.join(kinds)}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"--dataset {name}, --split {split}: {error}") from error
-    if not {"prompt", "answer"} <= set(rows.column_names):
-        raise ValueError(f"--dataset {name}: needs columns prompt and answer, found {rows.column_names}")
     if not len(rows):
         raise ValueError(f"--dataset {name}, --split {split}: no examples")
-    prompts = tokenizer(list(rows["prompt"]))["input_ids"]
-    answers = tokenizer(list(rows["answer"]), add_special_tokens=False)["input_ids"]
+    return rows
+
+
+def load_examples(name: str, split: str, tokenizer, *, config: str | None = None, max_samples: int | None = None,
+                  max_length: int = 2048, seed: int = 0) -> tuple[list[dict], str]:  # fmt: skip
+    """Tokenized examples {task, ids, labels}, and a line that tells how many were cut or dropped.
+
+    Answers end with EOS (a chat template writes its own end of a turn). What is beyond `max_length` tokens is cut
+    away; an example that has no prompt or no answer left is dropped.
+
+    Raises:
+        ValueError: if the dataset or split is not there, has other columns than FORMATS, or no usable example.
+    """
+    rows = load_rows(name, split, config)
+    if max_samples is not None and max_samples < len(rows):
+        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), max_samples)))
+    kind = next((columns for columns in FORMATS if set(columns) <= set(rows.column_names)), None)
+    if kind is None:
+        accepted = "; ".join(", ".join(columns) for columns in FORMATS)
+        raise ValueError(f"--dataset {name}: found columns {rows.column_names}; accepted are: {accepted}")
+    if kind == ("messages",) and not tokenizer.chat_template:
+        raise ValueError(f"--dataset {name}: `messages` need a chat template, which this tokenizer lacks")
+
+    pieces = []
+    for i, row in enumerate(rows):
+        try:
+            pieces.append(FORMATS[kind](row, tokenizer))
+            if not all(isinstance(text, str) for text, _ in pieces[-1]):
+                raise ValueError(f"{', '.join(kind)} must be text")
+        except (TypeError, KeyError, AttributeError, ValueError, TemplateError) as error:
+            raise ValueError(f"--dataset {name}, row {i}: {type(error).__name__}: {error}") from error
+    texts = [text for row in pieces for text, _ in row]
+    tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    start = [] if kind == ("messages",) else tokenizer("")["input_ids"]  # BOS, where the model has one
+    end = [tokenizer.eos_token_id] if "answer" in kind or "output" in kind else []
+
+    examples, cut = [], 0
     tasks = rows["task"] if "task" in rows.column_names else ["all"] * len(rows)
-    return [
-        {"task": task, "prompt": prompt, "answer": answer + [tokenizer.eos_token_id]}
-        for task, prompt, answer in zip(tasks, prompts, answers)
-    ]
+    for task, row in zip(tasks, pieces):
+        ids, labels = list(start), [-100] * len(start)
+        for _, is_scored in row:
+            ids += (piece := next(tokens))
+            labels += piece if is_scored else [-100] * len(piece)
+        cut += len(ids + end) > max_length
+        ids, labels = (ids + end)[:max_length], (labels + end)[:max_length]
+        if kind == ("text",):
+            labels = [-100] * ((len(ids) + 1) // 2) + ids[(len(ids) + 1) // 2 :]
+        if labels and labels[0] == -100 and labels.count(-100) < len(labels):
+            examples.append({"task": task, "ids": ids, "labels": labels})
+    dropped = len(rows) - len(examples)
+    counts = (
+        f"{len(rows):,} read, {cut:,} cut at {max_length:,} tokens, {dropped:,} dropped: no prompt or no answer left"
+    )
+    if not examples:
+        raise ValueError(f"--dataset {name}: no example is left ({counts}); raise --max-length {max_length}?")
+    return examples, f"{len(examples):,} examples ({counts})"
+
+
+def examples_of(args: argparse.Namespace, split: str, tokenizer) -> tuple[list[dict], str]:
+    return load_examples(args.dataset, split, tokenizer, config=args.dataset_config, max_samples=args.max_samples,
+                         max_length=args.max_length)  # fmt: skip
+
+
+def prompt_of(example: dict) -> list[int]:
+    """The tokens before the first that is scored: those that vote."""
+    return example["ids"][: next((i for i, label in enumerate(example["labels"]) if label != -100), None)]
 
 
 def collate(examples: list[dict], device: torch.device | str) -> dict[str, torch.Tensor]:
     """One right-padded batch of the model's arguments; each is (B, T). Prompt tokens vote, answers carry the loss."""
-    width = max(len(e["prompt"]) + len(e["answer"]) for e in examples)
+    width = max(len(example["ids"]) for example in examples)
 
-    def rows(prompt, answer, padding):
-        lists = [prompt(e["prompt"]) + answer(e["answer"]) for e in examples]
-        return torch.tensor([row + [padding] * (width - len(row)) for row in lists], device=device)
+    def batch(rows: list[list], padding) -> torch.Tensor:
+        return torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=device)
 
     return {
-        "input_ids": rows(list, list, 0),
-        "attention_mask": rows(lambda p: [1] * len(p), lambda a: [1] * len(a), 0),
-        "labels": rows(lambda p: [-100] * len(p), list, -100),
-        "voters": rows(lambda p: [True] * len(p), lambda a: [False] * len(a), False),
+        "input_ids": batch([example["ids"] for example in examples], 0),
+        "attention_mask": batch([[1] * len(example["ids"]) for example in examples], 0),
+        "labels": batch([example["labels"] for example in examples], -100),
+        "voters": batch([[True] * len(prompt_of(example)) for example in examples], False),
     }
 
 
@@ -178,6 +364,21 @@ def batches(examples: list[dict], size: int, seed: int):
 
 
 # ---------------------------------------------------------------------------------------------
+# Several processes (torchrun): each takes every n-th sequence of a step; without torchrun there is one
+
+
+def process() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------
 # The training step
 
 
@@ -185,17 +386,34 @@ def routed(model) -> list[MindSkip]:
     return [module for module in model.modules() if isinstance(module, MindSkip)]
 
 
+def route(model, examples: list[dict]) -> None:
+    """Run the decoder, without its head, over prompts alone: all that routers look at."""
+    prompts = [{"ids": prompt_of(example), "labels": [-100] * len(prompt_of(example))} for example in examples]
+    batch = collate(prompts, model.device)
+    model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], voters=batch["voters"],
+                        use_cache=False)  # fmt: skip
+
+
+def open_gates(model) -> torch.Tensor:
+    """How many gates were open in the last forward; of this process."""
+    return torch.stack([skip.gate.detach().sum().to(model.device) for skip in routed(model)]).sum()
+
+
+def logistic_noise(layers: int, rows: int, scale: float) -> torch.Tensor:
+    """(layers, rows): with it on the logit at scale 1, a gate opens with probability `score`."""
+    return scale * torch.logit(torch.rand(layers, rows).clamp(1e-6, 1 - 1e-6))
+
+
 @contextmanager
-def exploration(model, noise: float, seed: int):
-    """Add logistic noise to every router's logit: at noise 1 a gate opens with probability `score`."""
-    device = router_parameters(model)[0].device
-    generator = torch.Generator(device).manual_seed(seed)
+def exploration(model, noise: torch.Tensor):
+    """Add noise (routed layers, B) to the routers' logits; the backward pass, which may recompute, needs it too."""
 
-    def explore(router, args, score):  # (B, 1, 1)
-        uniform = torch.rand(score.shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6).to(score.device)
-        return torch.sigmoid(torch.logit(score) + noise * torch.logit(uniform))
+    def explore(row):  # (B,)
+        # eps: where the score rounds to 1, the logit is infinite and its gradient not a number.
+        return lambda router, args, score: torch.sigmoid(torch.logit(score, 1e-6) + row.to(score.device)[:, None, None])
 
-    handles = [skip.router.register_forward_hook(explore) for skip in routed(model)] if noise > 0 else []
+    pairs = zip(routed(model), noise) if noise.any() else []
+    handles = [skip.router.register_forward_hook(explore(row)) for skip, row in pairs]
     try:
         yield
     finally:
@@ -203,55 +421,111 @@ def exploration(model, noise: float, seed: int):
             handle.remove()
 
 
+def router_optimizer(model, lr: float, done: int = 0, state: dict | None = None) -> torch.optim.AdamW:
+    """AdamW over the routers, as it was after `done` steps, of which optimizer_state has the `state`."""
+    optimizer = torch.optim.AdamW([{"params": router_parameters(model), "initial_lr": lr}], lr=lr, weight_decay=0.0)
+    for skip in routed(model) if done else []:
+        weight = skip.router.weight
+        moments = {name: state[f"layers.{skip.layer}.{name}"].to(weight.device) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
+    return optimizer
+
+
+def optimizer_state(model, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    return {
+        f"layers.{skip.layer}.{name}": value.cpu()
+        for skip in routed(model)
+        for name, value in optimizer.state[skip.router.weight].items()
+        if name != "step"
+    }
+
+
+def scored_tokens(examples: list[dict]) -> int:
+    return sum(len(example["labels"]) - example["labels"].count(-100) for example in examples)
+
+
 def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float, noise: float, steps: int,
-         batch_size: int, lr: float, seed: int, report=lambda record: None) -> None:  # fmt: skip
-    """Train the routers in place; `report` gets one dict of numbers a step.
+         batch_size: int, lr: float, seed: int, micro_batch_size: int | None = None, optimizer=None, done: int = 0,
+         report=lambda record: None) -> None:  # fmt: skip
+    """Train the routers in place, after `done` steps up to `steps`; `report` gets one dict of numbers a step.
+
+    Neither micro-batches nor processes change gates or gradients, but for rounding: loss and budget are means over
+    the whole step, and noise is drawn for all of it.
 
     Logged: loss (task loss, nats a token), keep (keep ratio of the step), lr, tokens (in the step).
+
+    Raises:
+        FloatingPointError: if loss or gradient is not finite; the routers are then those of the step before.
     """
-    optimizer = torch.optim.AdamW(router_parameters(model), lr=lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
-    for parameter in router_parameters(model):
-        parameter.requires_grad_(True)
+    optimizer = optimizer or router_optimizer(model, lr)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps, last_epoch=done - 1)
+    weights, (rank, world) = router_parameters(model), process()
+    places = range(rank, batch_size, world)  # of this process's sequences in a step
+    micro = micro_batch_size or len(places)
+    parts = [list(places[i : i + micro]) for i in range(0, len(places), micro)]
+    for weight in weights:
+        weight.requires_grad_(True)
     model.train()
-    with exploration(model, noise, seed):
-        for step, chosen in zip(range(1, steps + 1), batches(examples, batch_size, seed)):
-            batch = collate(chosen, model.device)
-            # ----- one step: the answer's loss, the budget, and a gradient that reaches routers only -----
-            task_loss = model(**batch, use_cache=False).loss
-            loss = task_loss + sparsity_weight * capacity_loss(model, capacity)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            # -----------------------------------------------------------------------------------------
-            report({"step": step, "loss": task_loss.item(), "keep": keep_ratio(model),
-                    "lr": schedule.get_last_lr()[0], "tokens": int(batch["attention_mask"].sum())})  # fmt: skip
+    for step, chosen in zip(range(done + 1, steps + 1), islice(batches(examples, batch_size, seed), done, None)):
+        torch.manual_seed(seed * 1_000_003 + step)  # nothing that is drawn depends on earlier steps: --resume
+        explored, task_loss, kept = logistic_noise(len(weights), batch_size, noise), 0.0, 0.0
+        # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
+        if len(parts) > 1:  # the budget is one for the whole step: know it before the first backward pass
+            for part in parts:
+                with torch.no_grad(), exploration(model, explored[:, part]):
+                    route(model, [chosen[i] for i in part])
+                kept += open_gates(model)
+            kept = sum_over_processes(kept).item() / (len(weights) * batch_size)
+        for part in parts:
+            some = [chosen[i] for i in part]
+            with exploration(model, explored[:, part]):
+                loss = model(**collate(some, model.device), use_cache=False).loss * scored_tokens(some)
+                loss = loss / scored_tokens(chosen)
+                if len(parts) == 1:
+                    kept = sum_over_processes(open_gates(model)).item() / (len(weights) * batch_size)
+                # The slope of ReLU(mean - capacity) is that of the whole step, 1 or 0, for every part of it:
+                # so let the hinge of a part stand at 0, where each open gate counts, or at 1, where none does.
+                budget = capacity_loss(model, 0.0 if kept > capacity else 1.0) * len(part) / batch_size
+                (loss + sparsity_weight * budget).backward()
+            task_loss += loss.detach()
+        task_loss = sum_over_processes(task_loss.float()).item()
+        for weight in weights:
+            sum_over_processes(weight.grad)
+        # ---------------------------------------------------------------------------------------------
+        if not all(torch.isfinite(value).all() for value in [torch.tensor(task_loss), *(w.grad for w in weights)]):
+            raise FloatingPointError(f"step {step}: loss {task_loss} or its gradient is not finite; try a lower --lr,"
+                                     " --dtype bfloat16 or float32, or look for broken examples")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        report({"step": step, "loss": task_loss, "keep": kept, "lr": schedule.get_last_lr()[0],
+                "tokens": sum(len(example["ids"]) for example in chosen)})  # fmt: skip
     model.eval()
 
 
 @torch.no_grad()
-def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 256, passes: int = 4) -> float:
-    """Set the threshold that opens `capacity` of the gates on these examples; returns the keep ratio there.
+def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 256, passes: int = 4,
+              progress=lambda done, total: None) -> float:  # fmt: skip
+    """Set the threshold that opens `capacity` of the gates on these examples; returns the keep ratio that it gives.
 
     A gate changes what the layers above it see, and so their scores: a few passes find the fixed point.
     """
-    skips = routed(model)
-    for _ in range(passes):
-        scores, kept = [], []
-        for i in range(0, len(examples), batch_size):
-            batch = collate(examples[i : i + batch_size], model.device)
-            del batch["labels"]
-            model(**batch, use_cache=False)
-            scores += [skip.score.flatten() for skip in skips]
-            kept += [skip.gate.flatten() for skip in skips]
-        # A gate opens at score >= threshold, so the threshold is the lowest score that is let in.
-        scores = torch.cat(scores).sort(descending=True).values
-        count = round(capacity * len(scores))
-        threshold = scores[count - 1].item() if count else 1.0
-        for skip in skips:
-            skip.config = replace(skip.config, threshold=threshold)
-    return torch.cat(kept).mean().item()
+    skips, (rank, world) = routed(model), process()
+    examples = sorted(examples, key=lambda example: len(prompt_of(example)))  # less padding
+    for done in range(passes + 1):  # the last pass only measures
+        scores, kept = torch.zeros(2, len(examples), len(skips), device=model.device)
+        for i in range(rank * batch_size, len(examples), world * batch_size):
+            route(model, examples[i : i + batch_size])
+            for k, skip in enumerate(skips):
+                scores[i : i + batch_size, k], kept[i : i + batch_size, k] = skip.score.flatten(), skip.gate.flatten()
+            progress(done * len(examples) + i + 1, (passes + 1) * len(examples))
+        if done < passes:
+            # A gate opens at score >= threshold, so the threshold is the lowest score that is let in.
+            ordered = sum_over_processes(scores).flatten().sort(descending=True).values
+            count = round(capacity * len(ordered))
+            for skip in skips:
+                skip.config = replace(skip.config, threshold=ordered[count - 1].item() if count else 1.0)
+    return sum_over_processes(kept).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,13 +538,65 @@ def default_layers(config) -> tuple[int, ...]:
     return tuple(range(count - 1 - count // 2, count - 1))
 
 
+def check_least(args: argparse.Namespace, least: dict[str, float]) -> None:
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be finite, and at least {low}")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What can be wrong by itself, with no file opened."""
+    least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_samples": 1, "max_length": 2, "lr": 0, "noise": 0,
+             "sparsity_weight": 0}  # fmt: skip
+    check_least(args, least)
+    if Path(args.name).name != args.name:
+        raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume, --overwrite: choose one; a run is gone on with, or replaced")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
+    if args.device_map and world > 1:
+        raise ValueError("--device-map is for one process: start it with python, not torchrun")
+
+
 def open_folder(folder: Path, overwrite: bool) -> None:
     """Make the output folder; refuse one that has been used or cannot be written."""
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"--name {folder.name}: {folder} holds an earlier run; choose another name, or --overwrite")
+        raise ValueError(f"--name {folder.name}: {folder} holds an earlier run; choose another name,"
+                         " --overwrite it, or --resume it")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".writable").touch()
+    (folder / ".writable").write_text("yes\n")
     (folder / ".writable").unlink()
+
+
+def begin(folder: Path, args: argparse.Namespace) -> None:
+    """Note the arguments in the output folder, and leave no result of an earlier run beside them."""
+    for name in ("routers.safetensors", "results.json", "results.png"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "arguments.json").write_text(json.dumps({**settings(args), "versions": versions()}, indent=2) + "\n")
+    (folder / "log.jsonl").write_text("")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The arguments that decide what comes out: a resumed run must share them. As JSON has them."""
+    free = ("resume", "overwrite", "device", "device_map", "micro_batch_size", "gradient_checkpointing")
+    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in free}))
+
+
+def read_progress(path: Path, args: argparse.Namespace) -> tuple[int, dict[str, torch.Tensor]]:
+    """(steps done, optimiser state) of an unfinished run. ValueError if there is none, or it had other arguments."""
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no {path}; leave --resume away to begin")
+    described, tensors = read_routers(path)
+    if "step" not in described["about"]:
+        raise ValueError(f"--resume: the run in {path.parent} is finished")
+    before = described["about"]["arguments"]
+    if changed := [name for name, value in settings(args).items() if before.get(name) != value]:
+        told = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
+        raise ValueError(f"--resume: the arguments must be the same; {told}")
+    return described["about"]["step"], tensors
 
 
 def describe(model, seed: int) -> str:
@@ -289,51 +615,87 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+def show_progress(label: str):
+    start = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        eta = (time.perf_counter() - start) / done * (total - done)
+        if sys.stderr.isatty() or done == total:
+            print(f"\r{label} {done}/{total} | eta {eta:.0f} s ", end="\n" if done == total else "", file=sys.stderr)
+
+    return progress
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     quiet()
-    folder = Path("runs") / args.name
+    folder, done, state = Path("runs") / args.name, 0, {}
+    path = folder / "routers.safetensors"
+    is_writer = int(os.environ.get("RANK", 0)) == 0
     with parser.refuse_bad_input():  # the cheap checks first, the weights last
-        if args.steps < 1 or args.batch_size < 1 or not args.lr > 0:
-            raise ValueError("--steps, --batch-size and --lr must be above 0")
-        if not args.sparsity_weight >= 0 or not args.noise >= 0:
-            raise ValueError("--sparsity-weight and --noise must be at least 0")
-        if folder.parent != Path("runs") or not args.name.strip("."):
-            raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
-        base = AutoConfig.from_pretrained(check_model_name(args.model))
+        check_arguments(args)
+        base = AutoConfig.from_pretrained(check_model_name(args.model), **source(args))
         config = MindSkipConfig(args.layers or default_layers(base), args.granularity, capacity=args.capacity)
         depth = base.get_text_config(decoder=True).num_hidden_layers
         if config.layers[-1] >= depth:
             raise ValueError(f"--layers {args.layers}: this model has layers 0 to {depth - 1}, and 0 is never routed")
-        examples = load_examples(args.dataset, args.split, AutoTokenizer.from_pretrained(args.model))
-        open_folder(folder, args.overwrite)
-        model = add_mindskip(load_model(args.model, args.device, args.dtype), config)
-    torch.manual_seed(args.seed)
-    print(describe(model, args.seed))
-    print(f"routed layers {config.layers} | capacity {config.capacity} | {len(examples):,} examples")
-    (folder / "arguments.json").write_text(json.dumps({**vars(args), "versions": versions()}, indent=2) + "\n")
+        if args.resume:
+            done, state = read_progress(path, args)
+        elif is_writer:
+            open_folder(folder, args.overwrite)
+        examples, told = examples_of(args, args.split, load_tokenizer(args))
+        model = add_mindskip(model_of(args), config)
+        if args.resume:
+            load_routers(model, path)
+        elif is_writer:
+            begin(folder, args)
+    if "RANK" in os.environ:
+        dist.init_process_group()
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    about = {"base_model": args.model, "revision": getattr(model.config, "_commit_hash", None) or args.revision,
+             "versions": versions()}  # fmt: skip
+    optimizer = router_optimizer(model, args.lr, done, state)
+    say = print if is_writer else lambda *text, **options: None
+    say(describe(model, args.seed))
+    say(f"routed layers {config.layers} | capacity {config.capacity} | {told}")
+    started, tokens, begun = time.perf_counter(), 0, done
 
-    started, tokens = time.perf_counter(), 0
-    with open(folder / "log.jsonl", "w") as log:
+    def save(step: int) -> None:
+        if is_writer:
+            save_routers(model, path, optimizer_state(model, optimizer), step=step, arguments=settings(args), **about)
 
-        def report(record: dict) -> None:
-            nonlocal tokens
-            tokens += record["tokens"]
-            seconds = time.perf_counter() - started
+    def report(record: dict) -> None:
+        nonlocal tokens, done
+        tokens, done = tokens + record["tokens"], record["step"]
+        seconds = time.perf_counter() - started
+        if is_writer:
             log.write(json.dumps({**record, "seconds": round(seconds, 3)}) + "\n")
-            is_last = record["step"] == args.steps
-            if sys.stdout.isatty() or is_last or record["step"] % max(1, args.steps // 15) == 0:
-                print(f"step {record['step']}/{args.steps} | loss {record['loss']:.3f}"
-                      f" | keep {record['keep']:.2f} (target {args.capacity:.2f}) | {tokens / seconds:,.0f} tok/s"
-                      f" | eta {seconds / record['step'] * (args.steps - record['step']) / 60:.1f} min",
-                      end="\r" if sys.stdout.isatty() and not is_last else "\n", flush=True)  # fmt: skip
+        save(done)
+        is_last = done == args.steps
+        if sys.stdout.isatty() or is_last or done % max(1, args.steps // 15) == 0:
+            say(f"step {done}/{args.steps} | loss {record['loss']:.3f}"
+                f" | keep {record['keep']:.2f} (target {args.capacity:.2f}) | {tokens / seconds:,.0f} tok/s"
+                f" | eta {seconds / (done - begun) * (args.steps - done) / 60:.1f} min",
+                end="\r" if sys.stdout.isatty() and not is_last else "\n", flush=True)  # fmt: skip
 
+    with parser.stop_cleanly(), open(folder / "log.jsonl", "r+" if is_writer else "r", buffering=1) as log:
+        for _ in range(done):
+            log.readline()
+        if is_writer:
+            log.truncate(log.tell())  # a line more than progress: killed between the two
+            save(done)
         tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, noise=args.noise,
-             steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed, report=report)  # fmt: skip
-    measured = calibrate(model, subset(examples, CALIBRATION, args.seed), args.capacity)
-    save_routers(model, folder / "routers.safetensors", base_model=args.model, keep_ratio=measured, versions=versions())
-    print(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates"
-          f" | {time.perf_counter() - started:.0f} s | {folder / 'routers.safetensors'}")  # fmt: skip
+             steps=args.steps, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, lr=args.lr,
+             seed=args.seed, optimizer=optimizer, done=done, report=report)  # fmt: skip
+        measured = calibrate(model, subset(examples, CALIBRATION, args.seed), args.capacity,
+                             args.micro_batch_size or 256, progress=show_progress("calibration"))  # fmt: skip
+        if is_writer:
+            save_routers(model, path, keep_ratio=measured, **about)
+    say(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates"
+        f" | {time.perf_counter() - started:.0f} s | {path}")  # fmt: skip
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

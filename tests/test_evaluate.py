@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 import evaluate
+import limit
 import tune
 from mindskip import MindSkipConfig, add_mindskip, fix_gates, save_routers
 
@@ -27,7 +28,7 @@ def demo():
 
 def test_the_dense_demo_reaches_its_promise(demo):
     model, tokenizer = demo
-    test = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)
+    test = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[0]
     scores = evaluate.score(model, test)
     summary = evaluate.summarize(scores, scores, [example["task"] for example in test])
     assert len(summary["accuracy"]) == 8
@@ -48,7 +49,7 @@ def test_the_splits_of_the_demo_are_disjoint():
 
 def test_a_score_is_what_greedy_decoding_gets_right(demo):
     model, tokenizer = demo
-    chosen = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[::100]
+    chosen = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[0][::100]
     torch.manual_seed(0)
     add_mindskip(model, MindSkipConfig((1, 2)))
     try:
@@ -56,11 +57,12 @@ def test_a_score_is_what_greedy_decoding_gets_right(demo):
             skip.router.weight.data.normal_()  # random decisions: some answers right, some wrong
         correct = evaluate.score(model, chosen)["correct"]
         for example, right in zip(chosen, correct.tolist()):
-            prompt = torch.tensor([example["prompt"]])
+            prompt = torch.tensor([tune.prompt_of(example)])
+            answer = example["ids"][prompt.shape[1] :]
             output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(example["answer"]), do_sample=False
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False
             )
-            assert (output[0, prompt.shape[1] :].tolist() == example["answer"]) == right
+            assert (output[0, prompt.shape[1] :].tolist() == answer) == right
         assert 0 < correct.float().mean() < 1
     finally:
         evaluate.remove_mindskip(model)
@@ -70,10 +72,8 @@ def test_loss_and_standard_errors():
     model, data = build(), examples(10)
     scores = evaluate.score(model, data, batch_size=3)
     for example, loss in zip(data, scores["loss"]):
-        ids = torch.tensor([example["prompt"] + example["answer"]])
-        labels = ids.clone()
-        labels[:, : len(example["prompt"])] = -100
-        expected = model(ids, labels=labels).loss * len(example["answer"])  # the model's own loss, one by one
+        ids, labels = torch.tensor([example["ids"]]), torch.tensor([example["labels"]])
+        expected = model(ids, labels=labels).loss * (labels != -100).sum()  # the model's own loss, one by one
         torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     scores["correct"] = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0, 0]).bool()
     reference = {**scores, "correct": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, 0]).bool()}
@@ -111,7 +111,7 @@ def test_similarity_finds_the_attention_that_does_nothing():
                 model.model.layers[layer].post_attention_layernorm.weight.data.fill_(
                     -1.0 if family == "gemma2" else 0.0
                 )
-        assert set(evaluate.similarity_order(model, examples())[:2]) == {1, 3}, family
+        assert set(evaluate.similarity_order(model, examples(), 16)[:2]) == {1, 3}, family
 
 
 def test_rows_put_the_model_back(tmp_path):
@@ -155,11 +155,11 @@ def test_measured_bytes_shrink_with_the_kept_rows():
 
 
 def test_closed_gates_save_the_operations_of_removed_attention():
-    assert evaluate.operations_share() >= 0.95
+    assert limit.operations_share() >= 0.95
 
 
 def test_long_prompts_are_long_and_of_one_task_each():
-    data = [{"task": name, "prompt": [i], "answer": [i]} for i, name in enumerate("ab")]
+    data = [{"task": name, "ids": [i, i]} for i, name in enumerate("ab")]
     assert evaluate.long_prompts(data, 3, 5).tolist() == [[0] * 5, [1] * 5, [0] * 5]
 
 
