@@ -367,15 +367,15 @@ def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | 
         raise ValueError("the model has no routers to save: call add_mindskip first")
     tensors = {f"layers.{skip.layer}.router.weight": skip.router.weight.detach().cpu() for skip in skips}
     described = {"config": asdict(skips[0].config), "model": _shape_of(model), "about": about}
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(save({**tensors, **(state or {})}, {"mindskip": json.dumps(described)}))
+    (partial := Path(f"{path}.partial")).write_bytes(save(tensors | (state or {}), {"mindskip": json.dumps(described)}))
     partial.replace(path)
 
 
 def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """What a file, or routers.safetensors of a Hub id, holds: ({config, model, about}, tensors). ValueError if none."""
-    if Path(path).suffix != ".safetensors" and not Path(path).exists():
-        path = hf_hub_download(str(path), "routers.safetensors", revision=revision)
+    """What a file, or routers.safetensors of a folder or Hub id, holds: ({config, model, about}, tensors)."""
+    if Path(path).suffix != ".safetensors" and not Path(path).is_file():
+        local = Path(path, "routers.safetensors")
+        path = local if Path(path).is_dir() else hf_hub_download(str(path), local.name, revision=revision)
     try:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})["mindskip"])

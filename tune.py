@@ -483,9 +483,9 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
                 loss = loss / scored_tokens(chosen)
                 if len(parts) == 1:
                     kept = sum_over_processes(open_gates(model)).item() / (len(weights) * batch_size)
-                # The slope of ReLU(mean - capacity) is that of the whole step, 1 or 0, for every part of it:
-                # so let the hinge of a part stand at 0, where each open gate counts, or at 1, where none does.
-                budget = capacity_loss(model, 0.0 if kept > capacity else 1.0) * len(part) / batch_size
+                # The slope of ReLU(mean - capacity) is that of the whole step, 1 or 0, for every part of it: so let
+                # the hinge of a part stand below all means, where every gate counts, or above, where none does.
+                budget = capacity_loss(model, -1.0 if kept > capacity else 1.0) * len(part) / batch_size
                 (loss + sparsity_weight * budget).backward()
             task_loss += loss.detach()
         task_loss = sum_over_processes(task_loss.float()).item()
@@ -684,6 +684,7 @@ def main(argv: list[str] | None = None) -> None:
             log.readline()
         if is_writer:
             log.truncate(log.tell())  # a line more than progress: killed between the two
+            log.seek(0, os.SEEK_END)
             save(done)
         tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, noise=args.noise,
              steps=args.steps, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, lr=args.lr,

@@ -1,5 +1,6 @@
 """Tiny random models of several families; every test runs on a CPU without network."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mindskip import MindSkip, MindSkipConfig, add_mindskip
 
@@ -63,3 +65,45 @@ def tokens(rows: int = 4, length: int = 20, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> str:
     return request.param
+
+
+# ---- checkpoints and datasets on the disk, for what the scripts load ----
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHATML) -> transformers.PreTrainedTokenizerFast:
+    """One token for each printable character; texts begin with BOS, as Llama's do."""
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, "\n", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=specials[4:], **names
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_checkpoint(folder, family: str = "llama", **changes) -> str:
+    """A small random model and its tokenizer in the real format."""
+    build(family, vocab_size=128, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_rows(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def question_rows(count: int = 40) -> list[dict]:
+    """Sums, to have something that is cheap, and of different lengths."""
+    return [
+        {"prompt": f"{i}+{i * i}=", "answer": str(i + i * i), "task": f"digits {len(str(i))}"} for i in range(count)
+    ]

@@ -2,6 +2,7 @@
 
 import json
 
+import limit
 import pytest
 import torch
 from conftest import ROUTED, build, build_routed, routed, tokens
@@ -10,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 import evaluate
-import limit
 import tune
 from mindskip import MindSkipConfig, add_mindskip, fix_gates, save_routers
 
@@ -42,9 +42,9 @@ def test_the_splits_of_the_demo_are_disjoint():
     ]
     prompts = [{row["prompt"].split("|")[0] for row in split} for split in splits]
     assert not prompts[0] & prompts[1] and min(map(len, prompts)) > 500
-    for path, limit in (("model.safetensors", 4e6), ("data", 1e6)):
+    for path, bound in (("model.safetensors", 4e6), ("data", 1e6)):
         files = [p for p in [tune.DEMO / path, *(tune.DEMO / path).glob("*")] if p.is_file()]
-        assert 0 < sum(file.stat().st_size for file in files) <= limit
+        assert 0 < sum(file.stat().st_size for file in files) <= bound
 
 
 def test_a_score_is_what_greedy_decoding_gets_right(demo):

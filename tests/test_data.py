@@ -1,0 +1,138 @@
+"""Data: formats, who votes, what is scored, and what is cut or dropped."""
+
+import json
+
+import datasets
+import pytest
+from conftest import make_tokenizer, question_rows, save_rows
+
+import tune
+
+
+def load(path, rows=None, tokenizer=None, **options):
+    name = save_rows(path, rows) if rows is not None else str(path)
+    return tune.load_examples(name, "train", tokenizer or make_tokenizer(), **options)
+
+
+def parts(example: dict) -> tuple[str, list[str]]:
+    """What votes, and the runs of tokens that are scored, as text."""
+    tokenizer, runs, before = make_tokenizer(), [], -1
+    for i, label in enumerate(example["labels"]):
+        if label != -100:
+            assert label == example["ids"][i]
+            runs = runs + [[label]] if i != before + 1 or not runs else [*runs[:-1], [*runs[-1], label]]
+            before = i
+    return tokenizer.decode(tune.prompt_of(example)), [tokenizer.decode(run) for run in runs]
+
+
+def test_prompt_and_answer(tmp_path):
+    (example,), told = load(tmp_path / "a.jsonl", [{"prompt": "1+1=", "answer": "2"}])
+    assert parts(example) == ("<s>1+1=", ["2</s>"]) and example["task"] == "all"
+    assert told == "1 examples (1 read, 0 cut at 2,048 tokens, 0 dropped: no prompt or no answer left)"
+
+
+def test_alpaca_with_and_without_input(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "ignored"},
+        {"instruction": "Greet.", "input": "", "output": "Hello", "text": "ignored"},
+    ]
+    (first, second), _ = load(tmp_path / "a.jsonl", rows)
+    assert parts(first) == (
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+        "### Response:\n",
+        ["3</s>"],
+    )
+    assert parts(second) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nGreet.\n\n### Response:\n",
+        ["Hello</s>"],
+    )
+
+
+def test_every_turn_of_the_assistant_is_scored_and_only_what_precedes_the_first_votes(tmp_path):
+    turns = [("system", "Be brief."), ("user", "hi"), ("assistant", " hello "), ("user", "2?"), ("assistant", "two")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (example,), _ = load(tmp_path / "a.jsonl", [row])
+    assert parts(example) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        ["hello<|im_end|>\n", "two<|im_end|>\n"],
+    )
+    whole = make_tokenizer().apply_chat_template(row["messages"], tokenize=False)
+    assert make_tokenizer().decode(example["ids"]) == whole  # the template's text, no BOS of ours in front
+
+
+def test_a_template_that_treats_the_last_turn_differently(tmp_path):
+    """Qwen3's, in short: an empty thought stands before the last answer only."""
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.role == 'assistant' and loop.last %}(thought) {% endif %}{{ message.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (example,), _ = load(tmp_path / "a.jsonl", [row], make_tokenizer(template))
+    assert parts(example)[1] == ["b<|im_end|>\n", "(thought) d<|im_end|>\n"]
+
+
+def test_of_plain_text_the_first_half_votes_and_the_second_is_scored(tmp_path):
+    (example,), _ = load(tmp_path / "a.jsonl", [{"text": "abcdef"}])
+    assert parts(example) == ("<s>abc", ["def"])
+    (example,), told = load(tmp_path / "a.jsonl", [{"text": "abcdef"}], max_length=4)
+    assert parts(example) == ("<s>a", ["bc"]) and "1 cut at 4 tokens" in told  # half of what is left
+
+
+def test_cut_and_dropped_examples_are_counted(tmp_path):
+    rows = [
+        {"prompt": "12345", "answer": "67"},  # 9 tokens with BOS and EOS: cut
+        {"prompt": "1", "answer": "2"},
+        {"prompt": "1234567", "answer": "8"},  # answer cut away
+    ]
+    examples, told = load(tmp_path / "a.jsonl", rows, max_length=8)
+    assert [parts(example) for example in examples] == [("<s>12345", ["67"]), ("<s>1", ["2</s>"])]
+    assert told == "2 examples (3 read, 2 cut at 8 tokens, 1 dropped: no prompt or no answer left)"
+
+
+def test_conversations_without_an_answer_are_dropped(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}]},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {"messages": [{"role": "assistant", "content": "no question"}]}]  # fmt: skip
+    examples, told = load(tmp_path / "a.jsonl", rows)
+    assert len(examples) == 1 and "2 dropped" in told
+
+
+def test_samples_are_drawn_at_random_and_again_the_same(tmp_path):
+    one, two = (load(tmp_path / "a.jsonl", question_rows(), max_samples=10)[0] for _ in range(2))
+    assert one == two and len(one) == 10
+    assert one != load(tmp_path / "a.jsonl", question_rows())[0][:10]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder", "part of a split"])
+def test_local_files_and_folders_of_every_kind(tmp_path, kind):
+    rows, name, split = question_rows(), tmp_path / f"a.{kind}", "train"
+    if kind == "json":
+        name.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(name)
+    else:
+        name = tmp_path / "train.jsonl"
+        save_rows(name, rows)
+        save_rows(tmp_path / "test.jsonl", rows[:3])
+        name = tmp_path if kind == "folder" else name
+        rows, split = (rows[5:15], "train[5:15]") if kind == "part of a split" else (rows, split)
+    examples, _ = tune.load_examples(str(name), split, make_tokenizer())
+    assert [parts(example)[0] for example in examples] == ["<s>" + row["prompt"] for row in rows]
+    if kind == "folder":
+        assert len(tune.load_examples(str(name), "test", make_tokenizer())[0]) == 3
+
+
+def test_a_configuration_of_a_dataset(tmp_path):
+    for name in ("easy", "hard"):
+        (tmp_path / name).mkdir()
+        save_rows(tmp_path / name / "train.jsonl", [{"prompt": name, "answer": "1"}])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: easy\n  data_files: easy/train.jsonl\n"
+        "- config_name: hard\n  data_files: hard/train.jsonl\n---\n"
+    )
+    (example,), _ = tune.load_examples(str(tmp_path), "train", make_tokenizer(), config="hard")
+    assert parts(example)[0] == "<s>hard"
