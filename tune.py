@@ -51,6 +51,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -163,6 +164,14 @@ def check_model_name(name: str) -> str:
 def source(args: argparse.Namespace) -> dict:
     """Which files of the Hub are meant, and whether code among them may run: for every from_pretrained."""
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def commit_of(args: argparse.Namespace) -> str | None:
+    """The commit of a model from the Hub, as the cache has it; None for a local folder."""
+    config = (
+        None if Path(args.model).is_dir() else try_to_load_from_cache(args.model, "config.json", revision=args.revision)
+    )
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def load_tokenizer(args: argparse.Namespace):
@@ -653,8 +662,7 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    about = {"base_model": args.model, "revision": getattr(model.config, "_commit_hash", None) or args.revision,
-             "versions": versions()}  # fmt: skip
+    about = {"base_model": args.model, "revision": commit_of(args), "versions": versions()}
     optimizer = router_optimizer(model, args.lr, done, state)
     say = print if is_writer else lambda *text, **options: None
     say(describe(model, args.seed))

@@ -29,12 +29,18 @@ FAMILIES = {
     "cohere": ("CohereConfig", {}),  # norm shared with the MLP
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),  # has routers of its own
 }  # fmt: skip
+MORE = {
+    "qwen2": ("Qwen2Config", {}),
+    "phi3": ("Phi3Config", {}),  # query, key and value in one matrix
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 32}),
+}  # fmt: skip
 
 
 def build(family: str = "llama", **changes) -> torch.nn.Module:
     """A small random model in eval mode."""
     torch.manual_seed(0)
-    name, extra = FAMILIES[family]
+    name, extra = (FAMILIES | MORE)[family]
     config = getattr(transformers, name)(**{**SHAPE, **extra, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # larger weights: what a layer adds must show in the logits
