@@ -265,7 +265,9 @@ def load_rows(name: str, split: str, config: str | None = None) -> datasets.Data
     kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     try:
         if not Path(name).is_file():
-            rows = datasets.load_dataset(name, config, split=split)
+            rows = datasets.load_dataset(
+                str(Path(name).resolve()) if Path(name).is_dir() else name, config, split=split
+            )
         elif Path(name).suffix in kinds:
             rows = datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split)
         else:
