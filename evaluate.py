@@ -67,6 +67,7 @@ from tune import (
     examples_of,
     load_tokenizer,
     model_of,
+    naming,
     open_folder,
     prompt_of,
     quiet,
@@ -622,7 +623,8 @@ def find_routers(name: str) -> str:
         return str(path)
     if path.suffix == ".safetensors" or name.count("/") != 1:
         raise ValueError(f"--routers {name}: no such file, and not a Hub id (owner/name); run tune.py first")
-    return hf_hub_download(name, "routers.safetensors")
+    with naming(f"--routers {name}"):
+        return hf_hub_download(name, "routers.safetensors")
 
 
 def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], args):

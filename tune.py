@@ -103,6 +103,15 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(str(error).split()))
 
 
+@contextmanager
+def naming(what: str):
+    """Put the flag and its value before what a library says of them, so that the reader knows what to change."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
 def add_input_arguments(parser: Parser, split: str) -> argparse._ArgumentGroup:
     """The model and the data, in the same words for both scripts."""
     what = parser.add_argument_group("model and data")
@@ -174,8 +183,19 @@ def commit_of(args: argparse.Namespace) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
+def load_config(args: argparse.Namespace):
+    asks = "" if args.trust_remote_code else " (on the command line: --trust-remote-code)"
+    check_model_name(args.model)
+    with naming(f"--model {args.model}"):
+        try:
+            return AutoConfig.from_pretrained(args.model, **source(args))
+        except ValueError as error:
+            raise ValueError(f"{error}{asks if 'trust_remote_code' in str(error) else ''}") from error
+
+
 def load_tokenizer(args: argparse.Namespace):
-    tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model), **source(args))
+    with naming(f"--model {args.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model), **source(args))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
     return tokenizer
@@ -196,7 +216,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install -e '.[accelerate]'")
     options |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(check_model_name(name), **options).eval().requires_grad_(False)
+    with naming(f"--model {name}"):
+        model = AutoModelForCausalLM.from_pretrained(check_model_name(name), **options).eval().requires_grad_(False)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"--device-map {device_map}: {name} does not fit on the devices; use more, or a smaller dtype")
     if device_map is None:
@@ -263,17 +284,17 @@ FORMATS = {  # columns that decide: how a row is read. In this order: the Alpaca
 def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
     """Rows of a Hub dataset, a local folder or a local file. ValueError if they are not there, or empty."""
     kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    try:
-        if not Path(name).is_file():
-            rows = datasets.load_dataset(
-                str(Path(name).resolve()) if Path(name).is_dir() else name, config, split=split
-            )
-        elif Path(name).suffix in kinds:
-            rows = datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split)
-        else:
-            raise ValueError(f"a file must end in {', '.join(kinds)}")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"--dataset {name}, --split {split}: {error}") from error
+    with naming(f"--dataset {name}, --split {split}"):
+        try:
+            if not Path(name).is_file():
+                name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+                rows = datasets.load_dataset(name_or_path, config, split=split)
+            elif Path(name).suffix in kinds:
+                rows = datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split)
+            else:
+                raise ValueError(f"a file must end in {', '.join(kinds)}")
+        except StopIteration:  # an empty file of JSON lines
+            rows = []
     if not len(rows):
         raise ValueError(f"--dataset {name}, --split {split}: no examples")
     return rows
@@ -645,7 +666,7 @@ def main(argv: list[str] | None = None) -> None:
     is_writer = int(os.environ.get("RANK", 0)) == 0
     with parser.refuse_bad_input():  # the cheap checks first, the weights last
         check_arguments(args)
-        base = AutoConfig.from_pretrained(check_model_name(args.model), **source(args))
+        base = load_config(args)
         config = MindSkipConfig(args.layers or default_layers(base), args.granularity, capacity=args.capacity)
         depth = base.get_text_config(decoder=True).num_hidden_layers
         if config.layers[-1] >= depth:

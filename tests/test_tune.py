@@ -137,39 +137,3 @@ def test_a_short_run_on_the_demo_meets_the_budget(tmp_path):
         model(batch["input_ids"], attention_mask=batch["attention_mask"], voters=batch["voters"], use_cache=False)
     assert keep_ratio(model) == pytest.approx(0.4, abs=0.02)
     assert routed(model)[0].config.layers == (1, 2)
-
-
-BAD = {
-    "capacity above 1": (["--capacity", "1.5"], "capacity must be a number in [0, 1], got 1.5"),
-    "capacity below 0": (["--capacity", "-0.1"], "capacity must be a number in [0, 1], got -0.1"),
-    "layer 0": (["--layers", "0,3"], "layer 0 is never routed"),
-    "a layer twice": (["--layers", "3,3"], "got (3, 3)"),
-    "a layer out of range": (["--layers", "3,8"], "this model has layers 0 to"),
-    "layers that are no numbers": (["--layers", "all"], "invalid layer_list value: 'all'"),
-    "no such model": (["--model", "nowhere"], "--model nowhere: no such folder"),
-    "a folder without a model": (["--model", "."], "config.json"),
-    "no such dataset": (["--dataset", "nowhere"], "--dataset nowhere"),
-    "no such split": (["--split", "dev"], "dev"),
-    "no steps": (["--steps", "0"], "--steps"),
-    "negative noise": (["--noise", "-1"], "--noise"),
-    "an abbreviation": (["--cap", "0.5"], "unrecognized arguments: --cap"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD))
-def test_bad_input_ends_in_one_line_and_status_2(case, tmp_path):
-    arguments, message = BAD[case]
-    done = run("tune.py", *arguments, folder=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
-    assert not list(tmp_path.rglob("routers*"))
-
-
-def test_a_used_or_unwritable_output_folder_is_refused(tmp_path):
-    (tmp_path / "runs" / "used").mkdir(parents=True)
-    (tmp_path / "runs" / "used" / "log.jsonl").write_text("precious\n")
-    (tmp_path / "runs" / "file").write_text("no folder\n")
-    for name in ("used", "file"):
-        done = run("tune.py", "--name", name, folder=tmp_path)
-        assert done.returncode == 2 and f"{name}" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert (tmp_path / "runs" / "used" / "log.jsonl").read_text() == "precious\n"

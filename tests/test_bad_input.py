@@ -1,0 +1,334 @@
+"""Bad input: one line that names the value and the remedy, exit status 2, no traceback, and nothing written or lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import build, build_routed, make_tokenizer, question_rows, save_checkpoint, save_rows
+from safetensors.torch import load_file, save_file
+from test_tune import ROOT
+
+import evaluate
+import mindskip
+import tune
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A model, data and routers, made once."""
+    folder = tmp_path_factory.mktemp("originals")
+    save_checkpoint(folder / "model")
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        save_rows(folder / "data" / f"{split}.jsonl", question_rows())
+    mindskip.save_routers(build_routed(vocab_size=128), folder / "routers.safetensors")
+    return folder
+
+
+@pytest.fixture
+def folder(originals, tmp_path, monkeypatch):
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(main, arguments: list[str], folder: Path, capfd) -> str:
+    """The one line in which a command ends."""
+    before = tree(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2, error
+    assert len(error.strip().splitlines()) == 1 and "Traceback" not in error, error
+    assert tree(folder) == before
+    return error
+
+
+# ---- arguments and data of tune.py ----
+
+
+def rows(*found):
+    return lambda folder: save_rows(folder / "rows.jsonl", list(found))
+
+
+def text(content: str, name: str = "rows.jsonl"):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def edit_config(**changes):
+    def edit(folder):
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        path = folder / "model" / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return edit
+
+
+def without_chat_template(folder):
+    make_tokenizer(chat_template=None).save_pretrained(folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def gpt2(folder):
+    config = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=128)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "model")
+
+
+def truncated(path: str):
+    return lambda folder: (folder / path).write_bytes((folder / path).read_bytes()[:1000])
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model" / "model.safetensors"), folder / "model" / "pytorch_model.bin")
+    (folder / "model" / "model.safetensors").unlink()
+
+
+def used(folder):
+    (folder / "runs" / "used").mkdir(parents=True)
+    (folder / "runs" / "used" / "log.jsonl").write_text("precious\n")
+
+
+def finished(folder):
+    (folder / "runs" / "done").mkdir(parents=True)
+    shutil.copy(folder / "routers.safetensors", folder / "runs" / "done")
+
+
+def nothing(folder):
+    pass
+
+
+FILE = ["--dataset", "rows.jsonl"]
+TUNE = {
+    "capacity above 1": (["--capacity", "1.5"], nothing, "capacity must be a number in [0, 1], got 1.5"),
+    "capacity below 0": (["--capacity", "-0.1"], nothing, "capacity must be a number in [0, 1], got -0.1"),
+    "capacity that is no number": (["--capacity", "half"], nothing, "invalid float value: 'half'"),
+    "layer 0": (["--layers", "0,3"], nothing, "layer 0 is never routed"),
+    "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
+    "a layer out of range": (["--layers", "3,8"], nothing, "this model has layers 0 to 5"),
+    "layers that are no numbers": (["--layers", "all"], nothing, "invalid layer_list value: 'all'"),
+    "no steps": (["--steps", "0"], nothing, "--steps 0: must be finite, and at least 1"),
+    "an infinite learning rate": (["--lr", "inf"], nothing, "--lr inf"),
+    "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr nan"),
+    "negative noise": (["--noise", "-1"], nothing, "--noise -1.0"),
+    "an empty batch": (["--batch-size", "0"], nothing, "--batch-size 0"),
+    "an empty micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
+    "no samples": (["--max-samples", "0"], nothing, "--max-samples 0"),
+    "no length": (["--max-length", "1"], nothing, "--max-length 1: must be finite, and at least 2"),
+    "an abbreviation": (["--cap", "0.5"], nothing, "unrecognized arguments: --cap"),
+    "a path for a name": (["--name", "../elsewhere"], nothing, "must be the name of a folder in runs/"),
+    "an unknown kind of attention": (["--attn-implementation", "fast"], nothing, "invalid choice: 'fast'"),
+    "a kind of attention that is not installed": (
+        ["--attn-implementation", "flash_attention_2"], nothing, "FlashAttention2"),
+    "no such model": (["--model", "nowhere"], nothing, "--model nowhere: no such folder"),
+    "a folder without a model": (["--model", "data"], nothing, "config.json"),
+    "a Hub id that cannot be had": (["--model", "some/model"], nothing, "some/model"),
+    "a model whose layers cannot be routed": (["--layers", "2"], gpt2, "looked in GPT2LMHeadModel for `self_attn`"),
+    "a model that brings code": (
+        [], edit_config(model_type="mine", auto_map={"AutoConfig": "my.Config"}), "--trust-remote-code"),
+    "a model of an unknown type": ([], edit_config(model_type="mine"), "mine"),
+    "weights that are cut short": ([], truncated("model/model.safetensors"), "header"),
+    "weights that are pickled": ([], pickled, "safetensors"),
+    "weights that are not finite": (
+        [], edit_weights(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), "model.norm.weight is not"),
+    "no such dataset": (["--dataset", "nowhere"], nothing, "--dataset nowhere"),
+    "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
+    "no such configuration": (["--dataset-config", "hard"], nothing, "hard"),
+    "an empty dataset": (FILE, text(""), "--dataset rows.jsonl, --split train: no examples"),
+    "an empty split": (["--split", "train[:0]"], nothing, "--split train[:0]"),
+    "other columns": (
+        FILE, rows({"question": "a", "reply": "b"}), "found columns ['question', 'reply']; accepted are:"),
+    "answers cut away entirely": (["--max-length", "4"], nothing, "40 dropped: no prompt or no answer left); raise"),
+    "text that is a number": (FILE, rows({"prompt": 1, "answer": "2"}), "row 0: ValueError: prompt, answer must be"),
+    "an answer that is missing": (FILE, rows({"prompt": "a", "answer": "b"}, {"prompt": "c"}), "row 1: ValueError"),
+    "messages that are text": (FILE, rows({"messages": "hello"}), "row 0"),
+    "messages without a chat template": (
+        FILE, lambda folder: (rows({"messages": []})(folder), without_chat_template(folder)), "chat template"),
+    "JSON that is broken": (FILE, text('{"prompt": "a", "ans'), "--dataset rows.jsonl"),
+    "Parquet that is none": (["--dataset", "rows.parquet"], text("PAR", "rows.parquet"), "--dataset rows.parquet"),
+    "another kind of file": (["--dataset", "rows.txt"], text("a", "rows.txt"), "must end in .json, .jsonl, .parquet"),
+    "a used folder": (["--name", "used"], used, "choose another name, --overwrite it, or --resume it"),
+    "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "runs"),
+    "nothing to resume": (["--resume"], nothing, "leave --resume away to begin"),
+    "a finished run to resume": (["--resume", "--name", "done"], finished, "the run in runs/done is finished"),
+    "resume and overwrite": (["--resume", "--overwrite"], nothing, "choose one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(TUNE))
+def test_tune_refuses(case, folder, capfd):
+    arguments, prepare, message = TUNE[case]
+    prepare(folder)
+    assert message in refused(tune.main, ["--model", "model", "--dataset", "data", *arguments], folder, capfd)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("main, arguments", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])])
+def test_a_device_that_is_not_there(main, arguments, folder, capfd):
+    arguments = ["--model", "model", "--dataset", "data", "--device", "cuda", *arguments]
+    assert "--device cuda: not available here; use --device cpu" in refused(main, arguments, folder, capfd)
+
+
+def test_device_map_without_accelerate(folder, capfd, monkeypatch):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    arguments = ["--model", "model", "--dataset", "data", "--device-map", "auto"]
+    assert "pip install -e '.[accelerate]'" in refused(tune.main, arguments, folder, capfd)
+
+
+def test_a_resumed_run_with_other_arguments(folder, capfd, monkeypatch):
+    arguments = ["--model", "model", "--dataset", "data", "--steps", "3", "--batch-size", "4", "--name", "a"]
+    save = tune.save_routers
+    monkeypatch.setattr(tune, "save_routers", lambda *a, **about: save(*a, **about) if "step" in about else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.main(arguments)
+    error = refused(tune.main, [*arguments, "--resume", "--lr", "0.5"], folder, capfd)
+    assert "the arguments must be the same; --lr was 0.03" in error
+
+
+def test_processes_that_do_not_divide_the_batch(folder, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    error = refused(tune.main, ["--model", "model", "--dataset", "data"], folder, capfd)
+    assert "--batch-size 64: must be a multiple of the 3 processes" in error
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(folder, capfd):
+    (folder / "runs" / "full").mkdir(parents=True)
+    (folder / "runs" / "full" / "arguments.json").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--model", "model", "--dataset", "data", "--name", "full", "--overwrite"])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "No space left on device" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("main, extra", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])])
+def test_a_read_only_disk(main, extra, folder, capfd, monkeypatch):
+    def mkdir(path, *arguments, **options):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(tune.Path, "mkdir", mkdir)  # tests may run as root, whom no permission stops
+    error = refused(main, ["--model", "model", "--dataset", "data", *extra], folder, capfd)
+    assert "Read-only file system" in error
+
+
+# ---- evaluate.py ----
+
+
+def save_other(**changes):
+    model = mindskip.add_mindskip(build(**{"vocab_size": 128, **changes}), mindskip.MindSkipConfig((2, 3, 4)))
+    return lambda folder: mindskip.save_routers(model, folder / "routers.safetensors")
+
+
+def foreign(folder):
+    build().save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "routers.safetensors")
+
+
+def pickled_routers(folder):
+    torch.save({"layers.2.router.weight": torch.ones(64)}, folder / "routers.safetensors")
+
+
+def edit_routers(change):
+    def edit(folder):
+        path = folder / "routers.safetensors"
+        with mindskip.safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        change(tensors, metadata)
+        save_file(tensors, path, metadata)
+
+    return edit
+
+
+def not_finite(tensors, metadata):
+    tensors["layers.3.router.weight"][5] = float("inf")
+
+
+def one_missing(tensors, metadata):
+    del tensors["layers.3.router.weight"]
+
+
+def one_short(tensors, metadata):
+    tensors["layers.3.router.weight"] = torch.ones(1)  # would broadcast
+
+
+def broken_metadata(tensors, metadata):
+    metadata["mindskip"] = metadata["mindskip"].replace('"granularity": "attention-sequence"', '"granularity": "mlp"')
+
+
+EVALUATE = {
+    "no routers": (["--routers", "nowhere"], nothing, "--routers nowhere: no such file"),
+    "no such file": (["--routers", "runs/x.safetensors"], nothing, "no such file, and not a Hub id"),
+    "routers on a Hub that cannot be had": (["--routers", "some/routers"], nothing, "some/routers"),
+    "a truncated routers file": ([], truncated("routers.safetensors"), "holds no MindSkip routers"),
+    "a foreign safetensors file": ([], foreign, "holds no MindSkip routers"),
+    "a pickled file": ([], pickled_routers, "holds no MindSkip routers"),
+    "routers that are not finite": ([], edit_routers(not_finite), "a weight is not finite"),
+    "a router that is missing": ([], edit_routers(one_missing), "layers.3.router.weight"),
+    "a router of another length": ([], edit_routers(one_short), "not of the hidden size"),
+    "a granularity of another kind": ([], edit_routers(broken_metadata), "granularity must be"),
+    "routers of another width": ([], save_other(hidden_size=32), "'hidden_size': 32"),
+    "routers of another depth": ([], save_other(num_hidden_layers=8), "'num_layers': 8"),
+    "routers of another type": ([], save_other(family="qwen3"), "'model_type': 'qwen3'"),
+    "too few repeats": (["--repeats", "1"], nothing, "--repeats 1: must be finite, and at least 2"),
+    "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length 0"),
+    "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
+    "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
+    "no such calibration split": (["--calibration-split", "dev"], nothing, 'Unknown split "dev"'),
+    "an output folder that is a file": (["--output", "routers.safetensors"], nothing, "routers.safetensors"),
+    "negative shots": (["--num-fewshot", "-1"], nothing, "--num-fewshot -1"),
+    "no such folder of tasks": (["--include-path", "nowhere"], nothing, "--include-path nowhere: no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(EVALUATE))
+def test_evaluate_refuses(case, folder, capfd):
+    arguments, prepare, message = EVALUATE[case]
+    prepare(folder)
+    arguments = ["--model", "model", "--dataset", "data", "--routers", "routers.safetensors", *arguments]
+    assert message in refused(evaluate.main, arguments, folder, capfd)
+
+
+@pytest.mark.parametrize("option, package", [(["--tasks", "boolq"], "lm_eval"), (["--plot"], "matplotlib")])
+def test_an_extra_that_is_not_installed(option, package, folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    arguments = ["--model", "model", "--dataset", "data", "--routers", "routers.safetensors", *option]
+    assert "pip install -e" in refused(evaluate.main, arguments, folder, capfd)
+
+
+@pytest.mark.parametrize(
+    "task, message", [("boolqq", "close are ['boolq"), ("repeat", "generate_until is not supported")]
+)
+def test_tasks_that_cannot_be_scored(task, message, folder, capfd):
+    pytest.importorskip("lm_eval", reason="needs the extra `tasks`")
+    save_rows(folder / "sums.jsonl", [{"question": "1+1=", "choices": ["2", "3"], "label": 0}])
+    arguments = ["--model", "model", "--dataset", "data", "--routers", "routers.safetensors"]
+    arguments += ["--tasks", task, "--include-path", str(Path(__file__).parent / "tasks")]
+    assert message in refused(evaluate.main, arguments, folder, capfd)
+
+
+@pytest.mark.parametrize(
+    "script, option", [("tune.py", ["--model", "nowhere"]), ("evaluate.py", ["--routers", "none"])]
+)
+def test_the_command_itself_ends_so(script, option, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / script, *option], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
