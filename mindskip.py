@@ -40,10 +40,9 @@ class MindSkipConfig:
     capacity: float = 0.5  # target keep ratio, a fraction in [0, 1]
 
     def __post_init__(self):
-        layers = tuple(self.layers)
+        object.__setattr__(self, "layers", layers := tuple(sorted(self.layers)))
         if not layers or len(set(layers)) < len(layers) or any(type(i) is not int or i < 1 for i in layers):
             raise ValueError(f"layers must be different integers from 1 up (layer 0 is never routed), got {layers}")
-        object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.granularity != "attention-sequence":
             raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
         for name, value in (("threshold", self.threshold), ("capacity", self.capacity)):
@@ -245,13 +244,9 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     """Gate the attention of `config.layers`, in place; zero routers: the dense model. ValueError if they do not fit."""
     if _routed(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
-    decoder = model.get_decoder()
-    layers, text, name = (
-        getattr(decoder, "layers", ()),
-        model.config.get_text_config(decoder=True),
-        type(model).__name__,
-    )
-    fit = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")][1:]
+    decoder, text, name = model.get_decoder(), model.config.get_text_config(decoder=True), type(model).__name__
+    layers = getattr(decoder, "layers", ())
+    fit = [i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is not None][1:]
     if not set(config.layers) <= set(fit):
         found = f"in {fit}" if fit else [child for child, _ in (layers[0] if layers else decoder).named_children()]
         raise ValueError(f"layers {config.layers}: looked in {name} for `self_attn` after its first, found {found}")
@@ -261,7 +256,8 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     voters.handles = [m.register_forward_pre_hook(voters.listen, with_kwargs=True) for m in {model, decoder}]
     for i in config.layers:
         layers[i].self_attn = MindSkip(layers[i].self_attn, i, config, text.hidden_size, voters)
-        _move_norm(layers[i], text.hidden_size)
+        if model.device.type != "meta":  # a model without weights only shows whether it can be routed
+            _move_norm(layers[i], text.hidden_size)
         layers[i].self_attn.train(layers[i].training)  # a new module is in training mode, and would compute everything
         layers[i].self_attn.register_state_dict_post_hook(_base_names)
     return model
@@ -295,7 +291,8 @@ def _move_norm(layer: nn.Module, hidden_size: int) -> None:
         return output[0] if isinstance(output, tuple) else output, seen[-1]["hidden_states"] is hidden
 
     expected, is_bare = run()
-    for name, child in [] if is_bare else [item for item in layer.named_children() if item[1] is not skip]:
+    norms = [item for item in layer.named_children() if all(p.ndim < 2 for p in item[1].parameters())]
+    for name, child in [] if is_bare else norms:
         setattr(layer, name, nn.Identity())
         output, is_bare = run()
         if is_bare and torch.equal(output, expected):

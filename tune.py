@@ -109,7 +109,8 @@ def naming(what: str):
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{what}: {error}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"{what}: {error}{cause}") from error
 
 
 def add_input_arguments(parser: Parser, split: str) -> argparse._ArgumentGroup:
@@ -183,14 +184,17 @@ def commit_of(args: argparse.Namespace) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-def load_config(args: argparse.Namespace):
-    asks = "" if args.trust_remote_code else " (on the command line: --trust-remote-code)"
+def load_skeleton(args: argparse.Namespace) -> torch.nn.Module:
+    """The model without its weights: says within a second whether, and where, it can be routed."""
     check_model_name(args.model)
     with naming(f"--model {args.model}"):
         try:
-            return AutoConfig.from_pretrained(args.model, **source(args))
+            config = AutoConfig.from_pretrained(args.model, **source(args))
         except ValueError as error:
-            raise ValueError(f"{error}{asks if 'trust_remote_code' in str(error) else ''}") from error
+            hint = " On the command line: --trust-remote-code" if "trust_remote_code" in str(error) else ""
+            raise ValueError(f"{error}{hint}") from None
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
 
 
 def load_tokenizer(args: argparse.Namespace):
@@ -325,9 +329,10 @@ def load_examples(name: str, split: str, tokenizer, *, config: str | None = None
         try:
             pieces.append(FORMATS[kind](row, tokenizer))
             if not all(isinstance(text, str) for text, _ in pieces[-1]):
-                raise ValueError(f"{', '.join(kind)} must be text")
+                raise TypeError("must be text")
         except (TypeError, KeyError, AttributeError, ValueError, TemplateError) as error:
-            raise ValueError(f"--dataset {name}, row {i}: {type(error).__name__}: {error}") from error
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--dataset {name}, row {i}: cannot read {', '.join(kind)} ({told})") from error
     texts = [text for row in pieces for text, _ in row]
     tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     start = [] if kind == ("messages",) else tokenizer("")["input_ids"]  # BOS, where the model has one
@@ -564,10 +569,11 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
 # The run
 
 
-def default_layers(config) -> tuple[int, ...]:
-    """The deepest half except the last layer, as the paper's 16 of 32."""
-    count = config.get_text_config(decoder=True).num_hidden_layers
-    return tuple(range(count - 1 - count // 2, count - 1))
+def default_layers(model) -> tuple[int, ...]:
+    """The deepest half of the attention layers except the last, as the paper's 16 of 32; never the first."""
+    layers = getattr(model.get_decoder(), "layers", ())
+    found = [i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is not None]
+    return tuple(found[max(1, len(found) - 1 - len(found) // 2) : -1]) or (1,)  # too few: add_mindskip says so
 
 
 def check_least(args: argparse.Namespace, least: dict[str, float]) -> None:
@@ -596,7 +602,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def open_folder(folder: Path, overwrite: bool) -> None:
     """Make the output folder; refuse one that has been used or cannot be written."""
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"--name {folder.name}: {folder} holds an earlier run; choose another name,"
+        raise ValueError(f"{folder} holds an earlier run; choose another name,"
                          " --overwrite it, or --resume it")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writable").write_text("yes\n")
@@ -645,6 +651,7 @@ def quiet() -> None:
     """No progress bars for what takes no time; ours shows what does."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails there is raised, too, and told once
 
 
 def show_progress(label: str):
@@ -666,15 +673,14 @@ def main(argv: list[str] | None = None) -> None:
     is_writer = int(os.environ.get("RANK", 0)) == 0
     with parser.refuse_bad_input():  # the cheap checks first, the weights last
         check_arguments(args)
-        base = load_config(args)
-        config = MindSkipConfig(args.layers or default_layers(base), args.granularity, capacity=args.capacity)
-        depth = base.get_text_config(decoder=True).num_hidden_layers
-        if config.layers[-1] >= depth:
-            raise ValueError(f"--layers {args.layers}: this model has layers 0 to {depth - 1}, and 0 is never routed")
+        skeleton = load_skeleton(args)
+        config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
+        add_mindskip(skeleton, config)  # refuses layers that cannot be routed, before weights are loaded
         if args.resume:
             done, state = read_progress(path, args)
         elif is_writer:
-            open_folder(folder, args.overwrite)
+            with naming(f"--name {args.name}"):
+                open_folder(folder, args.overwrite)
         examples, told = examples_of(args, args.split, load_tokenizer(args))
         model = add_mindskip(model_of(args), config)
         if args.resume:

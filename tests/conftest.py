@@ -34,6 +34,9 @@ MORE = {
     "phi3": ("Phi3Config", {}),  # query, key and value in one matrix
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                      "moe_intermediate_size": 32}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                 "sliding_window": 8}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["full_attention", "conv"] + ["full_attention"] * 4}),  # a hybrid KV cache
 }  # fmt: skip
 
 

@@ -63,7 +63,8 @@ def test_a_family_through_tune_save_load_generate_and_evaluate(family, folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), AutoTokenizer.from_pretrained(model_name)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     load_routers(model, "runs/tiny/routers.safetensors")
-    assert all(weight.abs().max() > 0 for weight in router_parameters(model)) and len(router_parameters(model)) == 3
+    assert all(weight.abs().max() > 0 for weight in router_parameters(model))
+    assert len(router_parameters(model)) == (2 if family == "lfm2" else 3)  # of 5 layers with attention, of 6
     state = model.state_dict()  # a mixture's own routers among it: untouched
     assert all(torch.equal(state[name], tensor) for name, tensor in dense.items())
     batch = tokenizer(["1+1=", "20+400="], return_tensors="pt", padding=True, padding_side="left")

@@ -116,8 +116,8 @@ def test_batches_visit_every_example_before_any_again():
 
 
 def test_the_default_layers_are_the_deepest_half_but_the_last():
-    assert tune.default_layers(build(num_hidden_layers=32).config) == tuple(range(15, 31))
-    assert tune.default_layers(build(num_hidden_layers=8).config) == (3, 4, 5, 6)
+    assert tune.default_layers(build(num_hidden_layers=32)) == tuple(range(15, 31))
+    assert tune.default_layers(build(num_hidden_layers=8)) == (3, 4, 5, 6)
 
 
 def test_a_short_run_on_the_demo_meets_the_budget(tmp_path):
