@@ -62,6 +62,7 @@ from tune import (
     CALIBRATION,
     Parser,
     add_input_arguments,
+    attention_layers,
     check_least,
     collate,
     examples_of,
@@ -203,7 +204,7 @@ def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
 
 @torch.no_grad()
 def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
-    """Layers from 1 up, the most redundant attention first: lowest 1 - cos(x, x + F(x)), mean over prompt tokens.
+    """Attention layers but the first, the most redundant first: lowest 1 - cos(x, x + F(x)), mean over prompt tokens.
 
     F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
     """
@@ -224,9 +225,8 @@ def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
         handles.append(layer.self_attn.register_forward_hook(leave, with_kwargs=True))
         handles.extend(child.register_forward_hook(follow) for _, child in layer.named_children())
 
-    for i, layer in enumerate(layers):
-        if i > 0 and hasattr(layer, "self_attn"):
-            watch(i, layer)
+    for i in attention_layers(model)[1:]:
+        watch(i, layers[i])
     totals, count = {}, 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
@@ -247,22 +247,31 @@ def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
 
 
 def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
-    """FLOPs of one row's forward pass; a multiply-add counts as 2. Norms, softmax and routers (D each) are left out.
+    """FLOPs of one row's forward pass; a multiply-add counts as 2.
+
+    Left out: norms, softmax, routers (D each), the states of linear attention. Neither the causal mask nor
+    a sliding window is taken off.
 
     Args:
-        tokens: T, computed in this call. visible: S, keys that each may look at (causal masking saves nothing here).
+        tokens: T, computed in this call. visible: S, keys that each may look at.
         keep: fraction of rows that run the attention of a layer; 1 where a layer is not named.
         logits: tokens that go through the output head.
     """
-    total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     text = model.config.get_text_config(decoder=True)
+
+    def size(module) -> float:  # of its matrices; of stacked experts (experts, in, out), those that a token visits
+        chosen = getattr(text, "num_experts_per_tok", None)
+        matrices = [p for p in module.parameters() if p.ndim > 1]
+        return sum(p[0].numel() * chosen if p.ndim == 3 and chosen else p.numel() for p in matrices)
+
+    total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for i, layer in enumerate(model.get_decoder().layers):
-        attention = layer.self_attn.attention if isinstance(layer.self_attn, MindSkip) else layer.self_attn
-        inside = sum(p.numel() for p in attention.parameters() if p.ndim == 2)
-        everything = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
-        scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
-        total += 2.0 * tokens * (everything - inside) + keep.get(i, 1.0) * (2.0 * tokens * inside + scores)
+        total += 2.0 * tokens * size(layer)
+        if (attention := getattr(layer, "self_attn", None)) is not None:
+            inside = size(attention.attention if isinstance(attention, MindSkip) else attention)
+            scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
+            total += keep.get(i, 1.0) * (2.0 * tokens * inside + scores) - 2.0 * tokens * inside
     return total
 
 
@@ -289,7 +298,9 @@ def decode(model, cache: DynamicCache, token: torch.Tensor, steps: int) -> torch
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if getattr(layer, "is_initialized", False)
+    )
 
 
 @torch.no_grad()
@@ -640,7 +651,7 @@ def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict],
         "router": tuple(sorted(config.layers[i] for i in often_closed)),
     }
     subsets = {chosen["similarity"], chosen["router"]}
-    candidates = range(1, len(model.get_decoder().layers))
+    candidates = attention_layers(model)[1:]
     if is_searched := math.comb(len(candidates), skipped) <= 256:
         subsets |= set(itertools.combinations(candidates, skipped))
     static_scores, progress = {}, show_progress("static subsets")

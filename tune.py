@@ -220,7 +220,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install -e '.[accelerate]'")
     options |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True}
-    with naming(f"--model {name}"):
+    with naming(f"--model {name} (safetensors only)"):
         model = AutoModelForCausalLM.from_pretrained(check_model_name(name), **options).eval().requires_grad_(False)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"--device-map {device_map}: {name} does not fit on the devices; use more, or a smaller dtype")
@@ -569,10 +569,15 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
 # The run
 
 
+def attention_layers(model) -> list[int]:
+    """Layers that hold `self_attn`: all of most decoders, some of hybrids with convolution or linear attention."""
+    layers = getattr(model.get_decoder(), "layers", ())
+    return [i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is not None]
+
+
 def default_layers(model) -> tuple[int, ...]:
     """The deepest half of the attention layers except the last, as the paper's 16 of 32; never the first."""
-    layers = getattr(model.get_decoder(), "layers", ())
-    found = [i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is not None]
+    found = attention_layers(model)
     return tuple(found[max(1, len(found) - 1 - len(found) // 2) : -1]) or (1,)  # too few: add_mindskip says so
 
 

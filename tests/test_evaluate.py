@@ -84,10 +84,12 @@ def test_loss_and_standard_errors():
     assert summary["paired_standard_error"] == pytest.approx(100 * (0.1875 / 4 / 4) ** 0.5)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_flops_formula_equals_the_counter(phase):
-    # Eager attention: the counter does not see inside the fused kernel on a CPU.
-    model, ids = build_routed(attn_implementation="eager"), tokens(length=20)
+def test_flops_formula_equals_the_counter(phase, family):
+    # Eager attention and experts: the counter does not see inside the fused kernels.
+    model, ids = build_routed(family, attn_implementation="eager"), tokens(length=20)
+    model.set_experts_implementation("eager")
     with torch.no_grad(), fix_gates(model, MIXED):
         cache, token = evaluate.prefill(model, ids)
         with FlopCounterMode(display=False) as counter:

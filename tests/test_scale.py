@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_router
     def broken_collate(some, device):
         batch = collate(some, device)
         if len(calls) == 2 and what == "loss":
-            model = next(module for module in objects if hasattr(module, "lm_head"))
+            model = objects[-1]
             model.lm_head.weight.data.fill_(float("inf"))
         return batch
 
