@@ -678,7 +678,7 @@ def compare_cost(
     with torch.no_grad(), ours.using(model, len(prompts)):
         prefill(model, prompts)
         gates = {skip.layer: skip.gate for skip in routed(model)}
-    keep = torch.stack(list(gates.values())).mean().item()
+    keep = statistics.mean(gate.mean().item() for gate in gates.values())
     rows = [dense(), ours, static("static", closed), random_gates(config, keep, args.seed), multiply(gates)]
     cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
     for row in cost.values():
@@ -691,7 +691,7 @@ def compare_cost(
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
-    quiet()
+    quiet(args)
     with parser.refuse_bad_input():  # the cheap checks first, the weights last
         check_arguments(args)
         path = find_routers(args.routers)
@@ -716,13 +716,13 @@ def main(argv: list[str] | None = None) -> None:
     results = {"config": vars(config), "arguments": vars(args), "versions": versions()}
 
     if names:
-        with parser.stop_cleanly():
+        with parser.stop_cleanly("start again"):
             results["tasks"] = compare_tasks(model, tokenizer, config, ours, train, names, manager, args)
             write_results(results, folder / "tasks.json")
         print(f"\n{tasks_table(results['tasks'])}\nstatic closes {list(results['tasks']['static']['closed'])}")
         return print(folder / "tasks.json")
 
-    with parser.stop_cleanly():
+    with parser.stop_cleanly("start again"):
         quality, chosen, gates = compare_quality(model, config, ours, train, test, args)
         text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
         described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())

@@ -42,7 +42,7 @@ import platform
 import random
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -90,15 +90,14 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(str(error).split()))
 
     @contextmanager
-    def stop_cleanly(self):
-        """Around the run itself, whose progress is on the disk: what can end it early ends it in one line."""
+    def stop_cleanly(self, how_to_go_on: str):
+        """Around the run itself: what can end it early ends it in one line."""
         try:
             yield
         except KeyboardInterrupt:
-            self.exit(130, f"\n{self.prog}: stopped; the same command with --resume goes on\n")
+            self.exit(130, f"\n{self.prog}: stopped; {how_to_go_on}\n")
         except torch.OutOfMemoryError:
-            self.error("out of memory; the same command with --resume and a smaller --micro-batch-size, or with"
-                       " --gradient-checkpointing, goes on")  # fmt: skip
+            self.error(f"out of memory; {how_to_go_on}, and take a smaller --micro-batch-size")
         except (OSError, FloatingPointError) as error:
             self.error(" ".join(str(error).split()))
 
@@ -178,10 +177,9 @@ def source(args: argparse.Namespace) -> dict:
 
 def commit_of(args: argparse.Namespace) -> str | None:
     """The commit of a model from the Hub, as the cache has it; None for a local folder."""
-    config = (
-        None if Path(args.model).is_dir() else try_to_load_from_cache(args.model, "config.json", revision=args.revision)
-    )
-    return Path(config).parent.name if isinstance(config, str) else None
+    if Path(args.model).is_dir():
+        return None
+    return Path(try_to_load_from_cache(args.model, "config.json", revision=args.revision)).parent.name
 
 
 def load_skeleton(args: argparse.Namespace) -> torch.nn.Module:
@@ -255,9 +253,7 @@ def chat_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
             closing = render(messages[: i + 1]).rpartition(content)[2]  # what the template writes after a turn
             end = whole.find(content + closing, len(before))
             if not whole.startswith(before) or end < 0:
-                raise ValueError(
-                    "the chat template writes the beginning of a conversation in another way than all of it"
-                )
+                raise ValueError("the chat template writes a part of a conversation in another way than all of it")
             end += len(content + closing)
             pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
             done = end
@@ -267,12 +263,9 @@ def chat_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
 def alpaca_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
     """The template of Alpaca, https://github.com/tatsu-lab/stanford_alpaca."""
     given = row.get("input") or ""
-    task = (
-        "that describes a task, paired with an input that provides further context"
-        if given
-        else "that describes a task"
-    )
-    prompt = f"Below is an instruction {task}. Write a response that appropriately completes the request.\n\n"
+    paired = ", paired with an input that provides further context" if given else ""
+    prompt = f"Below is an instruction that describes a task{paired}. "
+    prompt += "Write a response that appropriately completes the request.\n\n"
     prompt += f"### Instruction:\n{row['instruction']}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
     return [(prompt + "### Response:\n", False), (row["output"], True)]
 
@@ -324,8 +317,9 @@ def load_examples(name: str, split: str, tokenizer, *, config: str | None = None
     if kind == ("messages",) and not tokenizer.chat_template:
         raise ValueError(f"--dataset {name}: `messages` need a chat template, which this tokenizer lacks")
 
-    pieces = []
+    pieces, progress = [], show_progress("reading")
     for i, row in enumerate(rows):
+        progress(i + 1, len(rows))
         try:
             pieces.append(FORMATS[kind](row, tokenizer))
             if not all(isinstance(text, str) for text, _ in pieces[-1]):
@@ -555,7 +549,7 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
             route(model, examples[i : i + batch_size])
             for k, skip in enumerate(skips):
                 scores[i : i + batch_size, k], kept[i : i + batch_size, k] = skip.score.flatten(), skip.gate.flatten()
-            progress(done * len(examples) + i + 1, (passes + 1) * len(examples))
+            progress(done * len(examples) + min(i + world * batch_size, len(examples)), (passes + 1) * len(examples))
         if done < passes:
             # A gate opens at score >= threshold, so the threshold is the lowest score that is let in.
             ordered = sum_over_processes(scores).flatten().sort(descending=True).values
@@ -593,7 +587,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_samples": 1, "max_length": 2, "lr": 0, "noise": 0,
              "sparsity_weight": 0}  # fmt: skip
     check_least(args, least)
-    if Path(args.name).name != args.name:
+    if Path(args.name).name != args.name or args.name in ("", ".."):
         raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
     if args.resume and args.overwrite:
         raise ValueError("--resume, --overwrite: choose one; a run is gone on with, or replaced")
@@ -616,7 +610,7 @@ def open_folder(folder: Path, overwrite: bool) -> None:
 
 def begin(folder: Path, args: argparse.Namespace) -> None:
     """Note the arguments in the output folder, and leave no result of an earlier run beside them."""
-    for name in ("routers.safetensors", "results.json", "results.png"):
+    for name in ("routers.safetensors", "results.json", "results.png", "tasks.json"):
         (folder / name).unlink(missing_ok=True)
     (folder / "arguments.json").write_text(json.dumps({**settings(args), "versions": versions()}, indent=2) + "\n")
     (folder / "log.jsonl").write_text("")
@@ -652,27 +646,30 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def quiet() -> None:
-    """No progress bars for what takes no time; ours shows what does."""
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+def quiet(args: argparse.Namespace) -> None:
+    """No bars of libraries where loading takes no time (the demo), or where nobody looks."""
+    if args.model == str(DEMO) or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails there is raised, too, and told once
 
 
 def show_progress(label: str):
+    """A line on a terminal; elsewhere one line at the end, if it took more than a few seconds."""
     start = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
-        eta = (time.perf_counter() - start) / done * (total - done)
-        if sys.stderr.isatty() or done == total:
-            print(f"\r{label} {done}/{total} | eta {eta:.0f} s ", end="\n" if done == total else "", file=sys.stderr)
+        seconds = time.perf_counter() - start
+        if sys.stderr.isatty() or (done == total and seconds > 5):
+            end = "\n" if done == total else ""
+            print(f"\r{label} {done}/{total} | eta {seconds / done * (total - done):.0f} s ", end=end, file=sys.stderr)
 
     return progress
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
-    quiet()
+    quiet(args)
     folder, done, state = Path("runs") / args.name, 0, {}
     path = folder / "routers.safetensors"
     is_writer = int(os.environ.get("RANK", 0)) == 0
@@ -688,20 +685,31 @@ def main(argv: list[str] | None = None) -> None:
                 open_folder(folder, args.overwrite)
         examples, told = examples_of(args, args.split, load_tokenizer(args))
         model = add_mindskip(model_of(args), config)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if args.resume:
             load_routers(model, path)
         elif is_writer:
             begin(folder, args)
     if "RANK" in os.environ:
         dist.init_process_group()
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     about = {"base_model": args.model, "revision": commit_of(args), "versions": versions()}
     optimizer = router_optimizer(model, args.lr, done, state)
     say = print if is_writer else lambda *text, **options: None
     say(describe(model, args.seed))
     say(f"routed layers {config.layers} | capacity {config.capacity} | {told}")
     started, tokens, begun = time.perf_counter(), 0, done
+
+    def open_log():
+        if not is_writer:
+            return nullcontext()
+        lines = (
+            (folder / "log.jsonl").read_text().splitlines(keepends=True)[:done]
+        )  # killed before it could save: one more
+        log = open(folder / "log.jsonl", "r+", buffering=1)
+        log.truncate(sum(map(len, lines)))
+        log.seek(0, os.SEEK_END)
+        return log
 
     def save(step: int) -> None:
         if is_writer:
@@ -721,13 +729,8 @@ def main(argv: list[str] | None = None) -> None:
                 f" | eta {seconds / (done - begun) * (args.steps - done) / 60:.1f} min",
                 end="\r" if sys.stdout.isatty() and not is_last else "\n", flush=True)  # fmt: skip
 
-    with parser.stop_cleanly(), open(folder / "log.jsonl", "r+" if is_writer else "r", buffering=1) as log:
-        for _ in range(done):
-            log.readline()
-        if is_writer:
-            log.truncate(log.tell())  # a line more than progress: killed between the two
-            log.seek(0, os.SEEK_END)
-            save(done)
+    with parser.stop_cleanly("go on with the same command and --resume"), open_log() as log:
+        save(done)
         tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, noise=args.noise,
              steps=args.steps, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, lr=args.lr,
              seed=args.seed, optimizer=optimizer, done=done, report=report)  # fmt: skip
