@@ -242,7 +242,7 @@ def _take_rows(value, rows: Tensor, batch: int):
 # ---- Attaching and detaching ----
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     """Gate the attention of `config.layers`, in place; zero routers: the dense model. ValueError if they do not fit."""
-    if _routed(model):
+    if routed(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
     decoder, text, name = model.get_decoder(), model.config.get_text_config(decoder=True), type(model).__name__
     layers = getattr(decoder, "layers", ())
@@ -265,7 +265,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
     """The original model again: the very modules that it had, and no hooks."""
-    for skip in _routed(model):
+    for skip in routed(model):
         layer = model.get_decoder().layers[skip.layer]
         layer.self_attn = skip.attention
         if skip.norm_name is not None:
@@ -311,18 +311,18 @@ def _base_names(skip: MindSkip, state: dict, prefix: str, metadata) -> None:
             state[key.replace(inside, outside)] = state.pop(key)
 
 
-def _routed(model: nn.Module) -> list[MindSkip]:
+def routed(model: nn.Module) -> list[MindSkip]:
     return [module for module in model.modules() if isinstance(module, MindSkip)]
 
 
 # ---- Tuning: what may change, and the loss that asks for skipping ----
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Exactly what tuning may change: one weight (D,) for each routed layer, first layer first."""
-    return [skip.router.weight for skip in _routed(model)]
+    return [skip.router.weight for skip in routed(model)]
 
 
 def _last_gates(model: nn.Module) -> Tensor:
-    gates = [skip.gate for skip in _routed(model)]
+    gates = [skip.gate for skip in routed(model)]
     if not gates or any(gate is None for gate in gates):
         raise ValueError("no gates yet: the model needs routers (add_mindskip) and a forward pass")
     return torch.cat([gate.flatten().to(gates[0].device) for gate in gates])  # (routed layers * B,)
@@ -341,7 +341,7 @@ def keep_ratio(model: nn.Module) -> float:
 @contextmanager
 def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
     """Overrule routers: {layer: one bool, or a (B,) bool tensor}. Layers not named keep their router."""
-    skips = {skip.layer: skip for skip in _routed(model)}
+    skips = {skip.layer: skip for skip in routed(model)}
     if unknown := sorted(set(gates) - set(skips)):
         raise ValueError(f"layers {unknown} are not routed; routed are {sorted(skips)}")
     with ExitStack() as stack:
@@ -359,7 +359,7 @@ def _shape_of(model: nn.Module) -> dict:
 
 def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None, **about) -> None:
     """Write routers, `state` (more tensors), and as metadata configuration and `about` (JSON); all or nothing."""
-    skips = _routed(model)
+    skips = routed(model)
     if not skips:
         raise ValueError("the model has no routers to save: call add_mindskip first")
     tensors = {f"layers.{skip.layer}.router.weight": skip.router.weight.detach().cpu() for skip in skips}
@@ -391,6 +391,6 @@ def load_routers(model: nn.Module, path: str | Path, revision: str | None = None
     described, tensors = read_routers(path, revision)
     if described["model"] != _shape_of(model):
         raise ValueError(f"{path} was tuned for {described['model']}, but this model is {_shape_of(model)}")
-    for skip in _routed(add_mindskip(remove_mindskip(model), described["config"])):
+    for skip in routed(add_mindskip(remove_mindskip(model), described["config"])):
         skip.router.weight.data.copy_(tensors[f"layers.{skip.layer}.router.weight"])
     return model

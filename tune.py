@@ -42,7 +42,7 @@ import platform
 import random
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -57,18 +57,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from mindskip import (
-    MindSkip,
     MindSkipConfig,
     add_mindskip,
-    capacity_loss,
     load_routers,
     read_routers,
+    routed,
     router_parameters,
     save_routers,
 )
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
-CALIBRATION = 2048  # training examples that set the threshold
+CALIBRATION = 2048  # training examples that set the threshold, and that choose static layers
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,7 +124,7 @@ def add_input_arguments(parser: Parser, split: str) -> argparse._ArgumentGroup:
     what.add_argument("--attn-implementation", choices=["eager", "sdpa", "flash_attention_2", "flash_attention_3"],
                       help="None: what transformers chooses")  # fmt: skip
     what.add_argument("--dataset", default=str(DEMO / "data"),
-                      help="Hub id, or local folder, JSON, JSON lines or Parquet file; columns: see above")  # fmt: skip
+                      help="Hub id, or local folder, JSON(L) or Parquet file; columns: see README")  # fmt: skip
     what.add_argument("--dataset-config", help="configuration (subset) of a dataset")
     what.add_argument("--split", default=split, help="split, or a part of one, as train[:1000]")
     what.add_argument("--max-samples", type=int, help="examples drawn at random; None: all")
@@ -145,7 +144,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=int, default=300, help="optimiser steps")
     run.add_argument("--batch-size", type=int, default=64, help="sequences in a step, of all processes together")
-    run.add_argument("--micro-batch-size", type=int, help="sequences in a forward pass, of one process; None: all")
+    run.add_argument("--micro-batch-size", type=int, help="sequences in a forward pass, of one process; None: all"
+                     " (fewer cost a second pass, over prompts, to know the budget)")  # fmt: skip
     run.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, to store fewer")
     run.add_argument("--lr", type=float, default=3e-2, help="peak, after 10%% warm-up; then cosine to zero")
     run.add_argument("--seed", type=int, default=0)
@@ -413,10 +413,6 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 # The training step
 
 
-def routed(model) -> list[MindSkip]:
-    return [module for module in model.modules() if isinstance(module, MindSkip)]
-
-
 def route(model, examples: list[dict]) -> None:
     """Run the decoder, without its head, over prompts alone: all that routers look at."""
     prompts = [{"ids": prompt_of(example), "labels": [-100] * len(prompt_of(example))} for example in examples]
@@ -426,8 +422,14 @@ def route(model, examples: list[dict]) -> None:
 
 
 def open_gates(model) -> torch.Tensor:
-    """How many gates were open in the last forward; of this process."""
-    return torch.stack([skip.gate.detach().sum().to(model.device) for skip in routed(model)]).sum()
+    """How many gates were open in the last forward, with their gradient."""
+    return torch.stack([skip.gate.sum().to(model.device) for skip in routed(model)]).sum()
+
+
+def checkpoint_activations(model) -> None:
+    """Store layers' inputs only, and compute the rest again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # else embeddings ask for a gradient, and frozen lower layers run backward, too
 
 
 def logistic_noise(layers: int, rows: int, scale: float) -> torch.Tensor:
@@ -491,6 +493,7 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
     optimizer = optimizer or router_optimizer(model, lr)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps, last_epoch=done - 1)
     weights, (rank, world) = router_parameters(model), process()
+    gates = len(weights) * batch_size  # in a step
     places = range(rank, batch_size, world)  # of this process's sequences in a step
     micro = micro_batch_size or len(places)
     parts = [list(places[i : i + micro]) for i in range(0, len(places), micro)]
@@ -499,37 +502,38 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
     model.train()
     for step, chosen in zip(range(done + 1, steps + 1), islice(batches(examples, batch_size, seed), done, None)):
         torch.manual_seed(seed * 1_000_003 + step)  # nothing that is drawn depends on earlier steps: --resume
-        explored, task_loss, kept = logistic_noise(len(weights), batch_size, noise), 0.0, 0.0
+        explored, task_loss, opened = logistic_noise(len(weights), batch_size, noise), 0.0, 0.0
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         if len(parts) > 1:  # the budget is one for the whole step: know it before the first backward pass
             for part in parts:
                 with torch.no_grad(), exploration(model, explored[:, part]):
                     route(model, [chosen[i] for i in part])
-                kept += open_gates(model)
-            kept = sum_over_processes(kept).item() / (len(weights) * batch_size)
+                opened += open_gates(model)
+            keep = sum_over_processes(opened).item() / gates
         for part in parts:
             some = [chosen[i] for i in part]
             with exploration(model, explored[:, part]):
-                loss = model(**collate(some, model.device), use_cache=False).loss * scored_tokens(some)
-                loss = loss / scored_tokens(chosen)
+                share = scored_tokens(some) / scored_tokens(chosen)
+                loss = model(**collate(some, model.device), use_cache=False).loss * share
+                opened = open_gates(model)
                 if len(parts) == 1:
-                    kept = sum_over_processes(open_gates(model)).item() / (len(weights) * batch_size)
-                # The slope of ReLU(mean - capacity) is that of the whole step, 1 or 0, for every part of it: so let
-                # the hinge of a part stand below all means, where every gate counts, or above, where none does.
-                budget = capacity_loss(model, -1.0 if kept > capacity else 1.0) * len(part) / batch_size
+                    keep = sum_over_processes(opened.detach().clone()).item() / gates
+                # A part of mindskip.capacity_loss, the hinge over the whole step: its slope is that of the mean gate
+                # while the step is over budget, else 0.
+                budget = opened / gates if keep > capacity else 0.0
                 (loss + sparsity_weight * budget).backward()
             task_loss += loss.detach()
         task_loss = sum_over_processes(task_loss.float()).item()
         for weight in weights:
             sum_over_processes(weight.grad)
-        # ---------------------------------------------------------------------------------------------
+        # -------------------------------------------------------------------------------------------
         if not all(torch.isfinite(value).all() for value in [torch.tensor(task_loss), *(w.grad for w in weights)]):
             raise FloatingPointError(f"step {step}: loss {task_loss} or its gradient is not finite; try a lower --lr,"
                                      " --dtype bfloat16 or float32, or look for broken examples")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        report({"step": step, "loss": task_loss, "keep": kept, "lr": schedule.get_last_lr()[0],
+        report({"step": step, "loss": task_loss, "keep": keep, "lr": schedule.get_last_lr()[0],
                 "tokens": sum(len(example["ids"]) for example in chosen)})  # fmt: skip
     model.eval()
 
@@ -667,70 +671,79 @@ def show_progress(label: str):
     return progress
 
 
+class RunLog:
+    """A line of log.jsonl for each step; on the screen, one for each fifteenth of the run (on a terminal, for each)."""
+
+    def __init__(self, path: Path, args: argparse.Namespace, done: int):
+        lines = path.read_text().splitlines(keepends=True)[:done]  # a kill before the save leaves one more
+        os.truncate(path, sum(map(len, lines)))
+        self.file, self.args, self.begun = open(path, "a", buffering=1), args, done
+        self.started, self.tokens = time.perf_counter(), 0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def add(self, record: dict) -> None:
+        step, steps, seconds = record["step"], self.args.steps, self.seconds()
+        self.tokens += record["tokens"]
+        self.file.write(json.dumps({**record, "seconds": round(seconds, 3)}) + "\n")
+        is_last, is_terminal = step == steps, sys.stdout.isatty()
+        if is_terminal or is_last or step % max(1, steps // 15) == 0:
+            print(f"step {step}/{steps} | loss {record['loss']:.3f}"
+                  f" | keep {record['keep']:.2f} (target {self.args.capacity:.2f}) | {self.tokens / seconds:,.0f} tok/s"
+                  f" | eta {seconds / (step - self.begun) * (steps - step) / 60:.1f} min",
+                  end="\r" if is_terminal and not is_last else "\n", flush=True)  # fmt: skip
+
+
+def set_up(args: argparse.Namespace, folder: Path, is_writer: bool):
+    """(model with routers, examples, what to tell of them, steps done, optimiser state); weights are loaded last."""
+    check_arguments(args)
+    path, done, state = folder / "routers.safetensors", 0, {}
+    skeleton = load_skeleton(args)
+    config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
+    add_mindskip(skeleton, config)  # refuses layers that cannot be routed
+    if args.resume:
+        done, state = read_progress(path, args)
+    elif is_writer:
+        with naming(f"--name {args.name}"):
+            open_folder(folder, args.overwrite)
+    examples, told = examples_of(args, args.split, load_tokenizer(args))
+    model = add_mindskip(model_of(args), config)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    if args.resume:
+        load_routers(model, path)
+    elif is_writer:
+        begin(folder, args)
+    return model, examples, told, done, state
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     quiet(args)
-    folder, done, state = Path("runs") / args.name, 0, {}
-    path = folder / "routers.safetensors"
-    is_writer = int(os.environ.get("RANK", 0)) == 0
-    with parser.refuse_bad_input():  # the cheap checks first, the weights last
-        check_arguments(args)
-        skeleton = load_skeleton(args)
-        config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
-        add_mindskip(skeleton, config)  # refuses layers that cannot be routed, before weights are loaded
-        if args.resume:
-            done, state = read_progress(path, args)
-        elif is_writer:
-            with naming(f"--name {args.name}"):
-                open_folder(folder, args.overwrite)
-        examples, told = examples_of(args, args.split, load_tokenizer(args))
-        model = add_mindskip(model_of(args), config)
-        if args.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        if args.resume:
-            load_routers(model, path)
-        elif is_writer:
-            begin(folder, args)
-    if "RANK" in os.environ:
+    folder, is_writer = Path("runs") / args.name, int(os.environ.get("RANK", 0)) == 0
+    with parser.refuse_bad_input():
+        model, examples, told, done, state = set_up(args, folder, is_writer)
+    if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group()
     about = {"base_model": args.model, "revision": commit_of(args), "versions": versions()}
-    optimizer = router_optimizer(model, args.lr, done, state)
-    say = print if is_writer else lambda *text, **options: None
-    say(describe(model, args.seed))
-    say(f"routed layers {config.layers} | capacity {config.capacity} | {told}")
-    started, tokens, begun = time.perf_counter(), 0, done
-
-    def open_log():
-        if not is_writer:
-            return nullcontext()
-        lines = (
-            (folder / "log.jsonl").read_text().splitlines(keepends=True)[:done]
-        )  # killed before it could save: one more
-        log = open(folder / "log.jsonl", "r+", buffering=1)
-        log.truncate(sum(map(len, lines)))
-        log.seek(0, os.SEEK_END)
-        return log
+    optimizer, path = router_optimizer(model, args.lr, done, state), folder / "routers.safetensors"
+    if is_writer:
+        print(describe(model, args.seed))
+        print(f"routed layers {routed(model)[0].config.layers} | capacity {args.capacity} | {told}")
+        log = RunLog(folder / "log.jsonl", args, done)
 
     def save(step: int) -> None:
-        if is_writer:
-            save_routers(model, path, optimizer_state(model, optimizer), step=step, arguments=settings(args), **about)
+        save_routers(model, path, optimizer_state(model, optimizer), step=step, arguments=settings(args), **about)
 
     def report(record: dict) -> None:
-        nonlocal tokens, done
-        tokens, done = tokens + record["tokens"], record["step"]
-        seconds = time.perf_counter() - started
         if is_writer:
-            log.write(json.dumps({**record, "seconds": round(seconds, 3)}) + "\n")
-        save(done)
-        is_last = done == args.steps
-        if sys.stdout.isatty() or is_last or done % max(1, args.steps // 15) == 0:
-            say(f"step {done}/{args.steps} | loss {record['loss']:.3f}"
-                f" | keep {record['keep']:.2f} (target {args.capacity:.2f}) | {tokens / seconds:,.0f} tok/s"
-                f" | eta {seconds / (done - begun) * (args.steps - done) / 60:.1f} min",
-                end="\r" if sys.stdout.isatty() and not is_last else "\n", flush=True)  # fmt: skip
+            log.add(record)
+            save(record["step"])
 
-    with parser.stop_cleanly("go on with the same command and --resume"), open_log() as log:
-        save(done)
+    with parser.stop_cleanly("go on with the same command and --resume"):
+        if is_writer:
+            save(done)
         tune(model, examples, capacity=args.capacity, sparsity_weight=args.sparsity_weight, noise=args.noise,
              steps=args.steps, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, lr=args.lr,
              seed=args.seed, optimizer=optimizer, done=done, report=report)  # fmt: skip
@@ -738,8 +751,8 @@ def main(argv: list[str] | None = None) -> None:
                              args.micro_batch_size or 256, progress=show_progress("calibration"))  # fmt: skip
         if is_writer:
             save_routers(model, path, keep_ratio=measured, **about)
-    say(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates"
-        f" | {time.perf_counter() - started:.0f} s | {path}")  # fmt: skip
+            print(f"threshold {routed(model)[0].config.threshold:.4f} opens {measured:.3f} of the gates"
+                  f" | {log.seconds():.0f} s | {path}")  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mindskip import MindSkip, MindSkipConfig, add_mindskip
+from mindskip import MindSkipConfig, add_mindskip, routed
 
 LAYERS, VOCABULARY, WIDTH = 6, 64, 64
 ROUTED = (2, 3, 4)
@@ -61,10 +61,6 @@ def build_routed(family: str = "llama", decided: bool = True, **changes) -> torc
         for skip in routed(model):
             skip.router.weight.data.copy_(4.0 * torch.randn(WIDTH))
     return model
-
-
-def routed(model) -> list[MindSkip]:
-    return [module for module in model.modules() if isinstance(module, MindSkip)]
 
 
 def tokens(rows: int = 4, length: int = 20, seed: int = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluate import Watch, forward_flops, table  # noqa: E402
 from mindskip import MindSkipConfig, add_mindskip, capacity_loss  # noqa: E402
-from tune import default_layers  # noqa: E402
+from tune import checkpoint_activations, default_layers  # noqa: E402
 
 LLAMA = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                     num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)  # fmt: skip
@@ -50,7 +50,7 @@ def main() -> None:
         weights, layers = sum(p.nbytes for p in model.parameters()), default_layers(model)
         add_mindskip(model, MindSkipConfig(layers)).train()
         plain = [step_bytes(model, *shape) for shape in SHAPES]
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         saving = [step_bytes(model, *shape) for shape in SHAPES]
         lines = [
             [f"{rows} x {length}", *(f"{(weights + found) / 2**30:.1f}" for found in pair)]
