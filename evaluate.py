@@ -3,18 +3,21 @@
     python evaluate.py                    # the routers in runs/demo on the demo's test split; about a minute
     python evaluate.py --plot             # and figures (pip install -e '.[plot]')
     python evaluate.py --tasks arc_challenge,boolq,hellaswag,mmlu,openbookqa,piqa,rte,winogrande \\
-        --model meta-llama/Meta-Llama-3-8B --routers runs/llama   # the paper's table (pip install -e '.[tasks]')
+        --model meta-llama/Meta-Llama-3-8B --dataset tatsu-lab/alpaca --max-samples 500 --routers runs/llama
+                                          # the paper's table (pip install -e '.[tasks]')
 
-Rows. The last three ask whether it is worth anything that routing is *dynamic*:
+Rows. The static ones and random ask whether it is worth anything that routing is *dynamic*:
 
     dense               the model as it was
     mindskip            the tuned routers
     static, similarity  attention removed from as many layers as mindskip skips, those of the lowest
                         1 - cosine similarity between a sublayer's input and output on training data
                         (the criterion of LLM-Drop, arXiv 2406.15786)
-    static, best        the best of all subsets of that size, chosen on the test split itself, in its favour
+    static, best        the best of all subsets of that size, chosen on the test split itself, in its favour; not
+                        searched where there are more than SUBSETS
     static, router      the layers that this very router closes most often on training data
-    random              gates drawn at random, as many open as mindskip opens; the mean of several draws
+    random              gates drawn at random, each open with mindskip's keep ratio; the mean of several draws, in
+                        the table of costs one draw
     multiply            attention computed, then multiplied by mindskip's gates: the control for time
 
 Columns. Counted (FLOPs) and measured (time) are different things and different columns:
@@ -23,9 +26,10 @@ Columns. Counted (FLOPs) and measured (time) are different things and different 
     +-          standard error; of a difference to dense, that of the paired difference
     loss        mean nats for each answer token
     keep        keep ratio: the fraction of routed gates that were open
-    prefill     milliseconds for the prompt pass of a batch;   decode  milliseconds for each one-token pass
+    FLOP        by formula, of one prompt's prefill, and of the last decode step of one row
+    prefill     milliseconds for the prompt pass of a batch;   decode  milliseconds for each one-token pass of it
     x           median over repeats of dense time / row time in the same repeat;   [q1 q3] quartiles
-    KV          bytes of keys and values after decoding;   peak  most memory allocated beyond the weights
+    KV          bytes of keys and values of a batch after decoding;   peak  most memory allocated beyond the weights
 """
 
 import argparse
@@ -57,6 +61,7 @@ from mindskip import (
     load_routers,
     read_routers,
     remove_mindskip,
+    routed,
 )
 from tune import (
     CALIBRATION,
@@ -65,6 +70,7 @@ from tune import (
     attention_layers,
     check_least,
     collate,
+    describe,
     examples_of,
     load_tokenizer,
     model_of,
@@ -72,7 +78,6 @@ from tune import (
     open_folder,
     prompt_of,
     quiet,
-    routed,
     show_progress,
     subset,
     versions,
@@ -147,9 +152,11 @@ def multiply(gates: dict[int, torch.Tensor]) -> Row:
 # ---------------------------------------------------------------------------------------------
 # Quality
 
+SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
+
 
 @torch.no_grad()
-def score(model, examples: list[dict], row: Row = dense(), batch_size: int = 256,
+def score_answers(model, examples: list[dict], row: Row = dense(), batch_size: int = 256,
           progress=lambda done, total: None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Score answers given their prompts; only prompts vote.
 
@@ -390,12 +397,8 @@ def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------
 # Standard benchmarks, through lm-evaluation-harness (extra `tasks`)
 
-FEWSHOT = {
-    "arc_challenge": 25,
-    "hellaswag": 10,
-    "mmlu": 5,
-    "winogrande": 5,
-}  # else 0; as github.com/CASE-Lab-UMD/LLM-Drop
+# Shots of the authors' benchmark script, github.com/CASE-Lab-UMD/LLM-Drop; 0 for tasks that are not named.
+FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
 
 
 def import_harness():
@@ -423,7 +426,7 @@ def load_tasks(names: list[str], include_path: str | None):
 
 
 def harness_adapter(model, tokenizer, batch_size: int, label: str):
-    """A model of the harness that scores by `score`: routers see the context, not padding or the answers."""
+    """A model of the harness that scores by `score_answers`: routers see the context, not padding or the answers."""
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):
@@ -451,7 +454,7 @@ def harness_adapter(model, tokenizer, batch_size: int, label: str):
                     )
                 ids = (context + answer)[-(self.max_length + 1) :]  # the last token is never fed, only scored
                 examples.append({"ids": ids, "labels": [-100] * (len(ids) - len(answer)) + answer})
-            scores = score(model, examples, batch_size=batch_size, progress=show_progress(label))
+            scores = score_answers(model, examples, batch_size=batch_size, progress=show_progress(label))
             self.gates.append(scores["gates"])
             return list(zip((-scores["loss"]).tolist(), scores["correct"].tolist()))
 
@@ -596,7 +599,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
     parser = Parser("evaluate.py", "Measure a tuned model against the dense one.")
     what = add_input_arguments(parser, "test")
     what.add_argument("--calibration-split", default="train", help="split that chooses static layers")
-    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="file of tune.py, or Hub id")
+    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="folder or file of tune.py, or Hub id")
     what.add_argument("--output", help="folder for results; None: beside the routers, or runs/NAME for a Hub id")
     quality = parser.add_argument_group("quality")
     quality.add_argument("--micro-batch-size", type=int, default=256, help="examples scored at a time")
@@ -641,7 +644,7 @@ def find_routers(name: str) -> str:
 def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], args):
     """Score every row on `test`; `train` chooses static layers. Returns (summaries, static layers, our gates)."""
     tasks = [example["task"] for example in test]
-    scored = partial(score, model, batch_size=args.micro_batch_size)
+    scored = partial(score_answers, model, batch_size=args.micro_batch_size)
     reference, scores = scored(test), scored(test, ours)
     keep = scores["gates"].mean().item()
     skipped = round((1 - keep) * len(config.layers))
@@ -652,7 +655,7 @@ def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict],
     }
     subsets = {chosen["similarity"], chosen["router"]}
     candidates = attention_layers(model)[1:]
-    if is_searched := math.comb(len(candidates), skipped) <= 256:
+    if is_searched := math.comb(len(candidates), skipped) <= SUBSETS:
         subsets |= set(itertools.combinations(candidates, skipped))
     static_scores, progress = {}, show_progress("static subsets")
     for i, closed in enumerate(sorted(subsets)):
@@ -707,8 +710,8 @@ def main(argv: list[str] | None = None) -> None:
         test, told = ([], f"{len(names)} tasks") if names else examples_of(args, args.split, tokenizer)
         model = model_of(args)
         config = routed(load_routers(model, path))[0].config
+        print(describe(model, args.seed))
         remove_mindskip(model)
-    print(f"model {args.model} | {model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}")
     print(f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {told}")
     if "step" in described["about"]:
         print(f"UNFINISHED: these are the routers of step {described['about']['step']}, not calibrated; resume tune.py")
@@ -716,7 +719,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {"config": vars(config), "arguments": vars(args), "versions": versions()}
 
     if names:
-        with parser.stop_cleanly("start again"):
+        with parser.stop_cleanly("start again"), parser.refuse_bad_input():
             results["tasks"] = compare_tasks(model, tokenizer, config, ours, train, names, manager, args)
             write_results(results, folder / "tasks.json")
         print(f"\n{tasks_table(results['tasks'])}\nstatic closes {list(results['tasks']['static']['closed'])}")
@@ -726,6 +729,7 @@ def main(argv: list[str] | None = None) -> None:
         quality, chosen, gates = compare_quality(model, config, ours, train, test, args)
         text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
         described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
+        described += "" if "best" in chosen else "; best: not searched, too many subsets"
         print(f"\n{quality_table(quality)}\nstatic: {described}\n\n{text}\n")
 
         prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,14 +35,14 @@ def without_data():
         yield
 
 
-def step_bytes(model, rows: int, length: int) -> int:
-    """Most bytes alive beyond the weights in forward and backward of one micro-batch."""
+def step_costs(model, rows: int, length: int) -> tuple[int, int]:
+    """Forward and backward of one micro-batch: most bytes alive beyond the weights, and FLOPs."""
     ids = torch.zeros(rows, length, dtype=torch.long)
-    with Watch() as watch:
+    with FlopCounterMode(display=False) as counter, Watch() as watch:
         logits = model(ids, use_cache=False).logits
         loss = model.loss_function(logits, ids, model.config.vocab_size)
         (loss + capacity_loss(model, -1.0)).backward()
-    return watch.peak_bytes
+    return watch.peak_bytes, counter.get_total_flops()
 
 
 def main() -> None:
@@ -49,16 +50,18 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.bfloat16).requires_grad_(False)
         weights, layers = sum(p.nbytes for p in model.parameters()), default_layers(model)
         add_mindskip(model, MindSkipConfig(layers)).train()
-        plain = [step_bytes(model, *shape) for shape in SHAPES]
+        plain = [step_costs(model, *shape) for shape in SHAPES]
         checkpoint_activations(model)
-        saving = [step_bytes(model, *shape) for shape in SHAPES]
-        lines = [
-            [f"{rows} x {length}", *(f"{(weights + found) / 2**30:.1f}" for found in pair)]
-            for (rows, length), pair in zip(SHAPES, zip(plain, saving))
-        ]
+        saving = [step_costs(model, *shape) for shape in SHAPES]
+        lines = []
+        for (rows, length), pair in zip(SHAPES, zip(plain, saving)):
+            cells = [(f"{(weights + peak) / 2**30:.1f}", f"{flops / 1e12:.1f}") for peak, flops in pair]
+            lines.append([f"{rows} x {length}", *cells[0], *cells[1]])
+        forward = forward_flops(model, 2048, 2048, {}, logits=2048)
         flops = {keep: forward_flops(model, 2048, 2048, dict.fromkeys(layers, keep)) for keep in (1.0, 0.5, 0.0)}
     print(f"layers {layers} routed | weights in bfloat16 {weights / 2**30:.1f} GiB")
-    print(table(["micro-batch", "GiB", "GiB, --gradient-checkpointing"], lines))
+    print(table(["micro-batch", "GiB", "TFLOP", "GiB, checkpointing", "TFLOP, checkpointing"], lines))
+    print(f"forward pass of 2,048 tokens, every logit: {forward / 1e12:.1f} TFLOP")
     print(f"prefill of 2,048 tokens: {flops[1.0] / 1e12:.1f} TFLOP; x{flops[1.0] / flops[0.5]:.2f} fewer with half of"
           f" the gates open, x{flops[1.0] / flops[0.0]:.2f} with none")  # fmt: skip
 

@@ -201,7 +201,7 @@ def test_a_resumed_run_with_other_arguments(folder, capfd, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         tune.main(arguments)
     error = refused(tune.main, [*arguments, "--resume", "--lr", "0.5"], folder, capfd)
-    assert "the arguments must be the same; --lr was 0.03" in error
+    assert "the arguments must be the same; --lr was 0.01" in error
 
 
 def test_processes_that_do_not_divide_the_batch(folder, capfd, monkeypatch):

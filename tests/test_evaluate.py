@@ -29,7 +29,7 @@ def demo():
 def test_the_dense_demo_reaches_its_promise(demo):
     model, tokenizer = demo
     test = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[0]
-    scores = evaluate.score(model, test)
+    scores = evaluate.score_answers(model, test)
     summary = evaluate.summarize(scores, scores, [example["task"] for example in test])
     assert len(summary["accuracy"]) == 8
     assert summary["average"] >= 97 and min(summary["accuracy"].values()) >= 90
@@ -55,7 +55,7 @@ def test_a_score_is_what_greedy_decoding_gets_right(demo):
     try:
         for skip in routed(model):
             skip.router.weight.data.normal_()  # random decisions: some answers right, some wrong
-        correct = evaluate.score(model, chosen)["correct"]
+        correct = evaluate.score_answers(model, chosen)["correct"]
         for example, right in zip(chosen, correct.tolist()):
             prompt = torch.tensor([tune.prompt_of(example)])
             answer = example["ids"][prompt.shape[1] :]
@@ -70,7 +70,7 @@ def test_a_score_is_what_greedy_decoding_gets_right(demo):
 
 def test_loss_and_standard_errors():
     model, data = build(), examples(10)
-    scores = evaluate.score(model, data, batch_size=3)
+    scores = evaluate.score_answers(model, data, batch_size=3)
     for example, loss in zip(data, scores["loss"]):
         ids, labels = torch.tensor([example["ids"]]), torch.tensor([example["labels"]])
         expected = model(ids, labels=labels).loss * (labels != -100).sum()  # the model's own loss, one by one
