@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "demo")]
 
 import make  # noqa: E402
+
 import tune  # noqa: E402
 from evaluate import score_answers, summarize  # noqa: E402
 from mindskip import MindSkipConfig, add_mindskip  # noqa: E402

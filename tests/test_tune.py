@@ -12,7 +12,16 @@ from conftest import ROUTED, VOCABULARY, build, routed
 from transformers import AutoTokenizer
 
 import tune
-from mindskip import MindSkipConfig, add_mindskip, keep_ratio, load_routers, router_parameters
+from mindskip import (
+    MindSkipConfig,
+    add_mindskip,
+    keep_ratio,
+    load_routers,
+    read_routers,
+    remove_mindskip,
+    router_parameters,
+    save_routers,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,3 +146,21 @@ def test_a_short_run_on_the_demo_meets_the_budget(tmp_path):
         model(batch["input_ids"], attention_mask=batch["attention_mask"], voters=batch["voters"], use_cache=False)
     assert keep_ratio(model) == pytest.approx(0.4, abs=0.02)
     assert routed(model)[0].config.layers == (1, 2)
+
+
+def test_the_python_of_the_readme_runs_and_tunes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    model, tokenizer = tune.load_model(str(tune.DEMO)), AutoTokenizer.from_pretrained(tune.DEMO)
+    save_routers(add_mindskip(model, MindSkipConfig((1, 2))), tmp_path / "runs" / "demo" / "routers.safetensors")
+    load, use = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(load, names)
+    assert len(router_parameters(names["model"])) == 2
+    remove_mindskip(names["model"])
+    chosen = tune.load_examples(str(tune.DEMO / "data"), "train", tokenizer)[0][:64]
+    batches = [{**tune.collate(chosen, "cpu")}] * 3
+    exec("import torch\nfrom mindskip import *\n" + use, names | {"batches": batches})
+    _, weights = read_routers(tmp_path / "routers.safetensors")
+    assert all(weight.abs().max() > 0 for weight in weights.values())
