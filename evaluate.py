@@ -68,14 +68,15 @@ from tune import (
     Parser,
     add_input_arguments,
     attention_layers,
-    check_least,
+    check_bounds,
+    check_folder,
+    check_vocabulary,
     collate,
     describe,
     examples_of,
     load_tokenizer,
     model_of,
     naming,
-    open_folder,
     prompt_of,
     quiet,
     show_progress,
@@ -174,9 +175,9 @@ def score_answers(model, examples: list[dict], row: Row = dense(), batch_size: i
         with row.using(model, len(chosen)):
             if not (skips := routed(model)):
                 batch.pop("voters")
-            logits = model(
-                **batch, use_cache=False, logits_to_keep=targets.shape[1]
-            ).logits.float()  # (B, A, vocabulary)
+            width = targets.shape[1]  # A, the answers' width; 0 is an empty answer, but logits_to_keep=0 means all
+            logits = model(**batch, use_cache=False, logits_to_keep=max(1, width)).logits.float()
+            logits = logits[:, logits.shape[1] - width :]  # (B, A, vocabulary)
             gates = [skip.gate.flatten().cpu() for skip in skips]
         targets = targets.to(logits.device)
         is_answer = targets != -100
@@ -256,7 +257,8 @@ def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
 def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    Left out: norms, softmax, routers (D each), the states of linear attention. Neither the causal mask nor
+    Left out: norms, softmax, routers (D each), the states of linear attention; multi-head latent attention (DeepSeek) is
+    counted as if its heads were of one width, some 5% low. Neither the causal mask nor
     a sliding window is taken off.
 
     Args:
@@ -268,7 +270,7 @@ def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logi
 
     def size(module) -> float:  # of its matrices; of stacked experts (experts, in, out), those that a token visits
         chosen = getattr(text, "num_experts_per_tok", None)
-        matrices = [p for p in module.parameters() if p.ndim > 1]
+        matrices = [p for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
         return sum(p[0].numel() * chosen if p.ndim == 3 and chosen else p.numel() for p in matrices)
 
     total = 2.0 * logits * model.get_output_embeddings().weight.numel()
@@ -414,14 +416,19 @@ def load_tasks(names: list[str], include_path: str | None):
     """The harness's task manager. ValueError if a task is unknown, or asks for more than to score answers."""
     manager = import_harness().tasks.TaskManager(include_path=include_path)
     for name in names:
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks)
-            raise ValueError(f"--tasks {name}: unknown to lm-evaluation-harness; close are {close}")
-    for name, task in manager.load(names)["tasks"].items():
+        if name not in (known := manager.all_subtasks + manager.all_groups):
+            close = difflib.get_close_matches(name, known)
+            raise ValueError(f"--tasks {name}: no task or group of lm-evaluation-harness; close are {close}")
+    with naming(f"--tasks {','.join(names)}"):
+        loaded = manager.load(names)
+    for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
             raise ValueError(
-                f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only loglikelihood and multiple_choice"
+                f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only multiple choice and likelihood"
             )
+    for name in names:
+        if name in loaded["groups"] and not loaded["groups"][name].aggregate_metric_list:
+            raise ValueError(f"--tasks {name}: a group without a metric of its own; name its tasks")
     return manager
 
 
@@ -621,9 +628,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Nam
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be wrong by itself, with no file opened."""
-    least = {"prompt_length": 1, "new_tokens": 1, "batch_size": 1, "micro_batch_size": 1, "draws": 1, "repeats": 2,
-             "max_samples": 1, "max_length": 2, "num_fewshot": 0, "task_limit": 1}  # fmt: skip
-    check_least(args, least)
+    count = (1, 10**9)
+    check_bounds(args, prompt_length=count, new_tokens=count, batch_size=count, micro_batch_size=count, draws=count,
+                 repeats=(2, 10**9), max_samples=count, max_length=(2, 10**9), num_fewshot=(0, 10**3),
+                 task_limit=count, seed=(0, 2**31 - 1))  # fmt: skip
     if args.plot:
         import_pyplot()
     if args.include_path and not Path(args.include_path).is_dir():
@@ -701,7 +709,7 @@ def main(argv: list[str] | None = None) -> None:
         described, _ = read_routers(path)
         is_local = Path(args.routers).exists()
         folder = Path(args.output or (Path(path).parent if is_local else f"runs/{args.routers.split('/')[1]}"))
-        open_folder(folder, overwrite=True)
+        check_folder(folder, overwrite=True)
         names = args.tasks.split(",") if args.tasks else []
         manager = load_tasks(names, args.include_path) if names else None
         tokenizer = load_tokenizer(args)
@@ -709,7 +717,9 @@ def main(argv: list[str] | None = None) -> None:
         train = subset(train, CALIBRATION, args.seed)
         test, told = ([], f"{len(names)} tasks") if names else examples_of(args, args.split, tokenizer)
         model = model_of(args)
+        check_vocabulary(model, train + test)
         config = routed(load_routers(model, path))[0].config
+        folder.mkdir(parents=True, exist_ok=True)
         print(describe(model, args.seed))
         remove_mindskip(model)
     print(f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {told}")

@@ -283,12 +283,14 @@ def _move_norm(layer: nn.Module, hidden_size: int) -> None:
     """
     skip, seen, like = layer.self_attn, [], next(layer.parameters())
     hidden = torch.linspace(-1, 1, hidden_size, device=like.device).to(like.dtype).reshape(1, 1, hidden_size)
-    hook = skip.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    hook = skip.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append([*args, *kwargs.values()]), with_kwargs=True
+    )
     skip.eval().fixed = False
 
     def run() -> tuple[Tensor, bool]:
         output = layer(hidden, position_embeddings=None)
-        return output[0] if isinstance(output, tuple) else output, seen[-1]["hidden_states"] is hidden
+        return output[0] if isinstance(output, tuple) else output, any(x is hidden for x in seen[-1])
 
     expected, is_bare = run()
     norms = [item for item in layer.named_children() if all(p.ndim < 2 for p in item[1].parameters())]
@@ -375,12 +377,13 @@ def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, d
         path = local if Path(path).is_dir() else hf_hub_download(str(path), local.name, revision=revision)
     try:
         with safe_open(path, "pt") as file:
-            described = json.loads((file.metadata() or {})["mindskip"])
+            described = {"about": {}} | json.loads((file.metadata() or {})["mindskip"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         described["config"] = MindSkipConfig(**described["config"])
-        for weight in [tensors[f"layers.{i}.router.weight"] for i in described["config"].layers]:
-            if weight.shape != (described["model"]["hidden_size"],) or not weight.isfinite().all():
-                raise ValueError("a weight is not finite, or not of the hidden size")
+        for i in described["config"].layers:
+            weight, model = tensors[f"layers.{i}.router.weight"], described["model"]
+            if i >= model["num_layers"] or weight.shape != (model["hidden_size"],) or not weight.isfinite().all():
+                raise ValueError(f"the router of layer {i} is not finite, or does not fit {model}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
     return described, tensors

@@ -54,10 +54,10 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from mindskip import (
+    MindSkip,
     MindSkipConfig,
     add_mindskip,
     load_routers,
@@ -86,8 +86,10 @@ class Parser(argparse.ArgumentParser):
         """Around the set-up of a run: what bad input raises there becomes an error of the command line."""
         try:
             yield
-        except (ValueError, OSError, ImportError, SafetensorError) as error:
+        except (ValueError, OSError) as error:
             self.error(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.prog}: stopped; nothing has been written\n")
 
     @contextmanager
     def stop_cleanly(self, how_to_go_on: str):
@@ -107,7 +109,7 @@ def naming(what: str):
     """Put the flag and its value before what a library says of them, so that the reader knows what to change."""
     try:
         yield
-    except (ValueError, OSError, ImportError, SafetensorError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # raised again: libraries raise of every kind over a file that they cannot read
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise ValueError(f"{what}: {error}{cause}") from error
 
@@ -199,6 +201,10 @@ def load_skeleton(args: argparse.Namespace) -> torch.nn.Module:
 def load_tokenizer(args: argparse.Namespace):
     with naming(f"--model {args.model}"):
         tokenizer = AutoTokenizer.from_pretrained(check_model_name(args.model), **source(args))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"--model {args.model}: its tokenizer does not tell where a token begins (none of `tokenizers`)"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
     return tokenizer
@@ -219,8 +225,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install -e '.[accelerate]'")
     options |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True}
-    with naming(f"--model {name} (safetensors only)"):
-        model = AutoModelForCausalLM.from_pretrained(check_model_name(name), **options).eval().requires_grad_(False)
+    with naming(f"--model {check_model_name(name)} (safetensors only)"):
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+            raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
+    model.eval().requires_grad_(False)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"--device-map {device_map}: {name} does not fit on the devices; use more, or a smaller dtype")
     if device_map is None:
@@ -240,43 +249,62 @@ def model_of(args: argparse.Namespace) -> torch.nn.Module:
 # Data: an example is {task, ids, labels}, labels being -100 where nothing is scored
 
 
-def chat_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
-    """A conversation as the tokenizer's chat template writes it: pieces of text, and whether each is scored."""
+def chat_text(row: dict, tokenizer) -> tuple[str, list[tuple[int, int]]] | None:
+    """A conversation as the tokenizer's chat template writes it, and where in it the assistant's turns are.
 
-    def render(messages, **options):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    The template writes the conversation twice, once with marks in place of the assistant's turns: between them stands
+    what is the template's. None if it refuses the conversation, or changes what the assistant said.
+    """
+    messages, mark = row["messages"], "\ue000"  # a character for private use
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > first]
+    said = [messages[i]["content"] for i in places]
+    marked = [{**message, "content": mark} if i in places else message for i, message in enumerate(messages)]
+    try:
+        whole, around = (tokenizer.apply_chat_template(m, tokenize=False) for m in (messages, marked))
+    except TemplateError:  # roles that do not alternate, and the like
+        return None
+    around = around.split(mark)
+    for turns in (said, [turn.strip() for turn in said]):
+        text, spans = around[0], []
+        for turn, after in zip(turns, around[1:]):
+            spans.append((len(text), len(text + turn)))
+            text += turn + after
+        if text == whole and len(spans) == len(said):
+            return text, spans
+    return None
 
-    messages = row["messages"]
-    whole, pieces, done = render(messages), [], 0
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0:
-            before, content = render(messages[:i], add_generation_prompt=True), message["content"].strip()
-            closing = render(messages[: i + 1]).rpartition(content)[2]  # what the template writes after a turn
-            end = whole.find(content + closing, len(before))
-            if not whole.startswith(before) or end < 0:
-                raise ValueError("the chat template writes a part of a conversation in another way than all of it")
-            end += len(content + closing)
-            pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
-            done = end
-    return pieces
+
+def prompt_text(prompt: str, answer: str) -> tuple[str, list[tuple[int, int]]]:
+    return prompt + answer, [(len(prompt), len(prompt + answer))]
 
 
-def alpaca_pieces(row: dict, tokenizer) -> list[tuple[str, bool]]:
+def alpaca_text(row: dict, tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The template of Alpaca, https://github.com/tatsu-lab/stanford_alpaca."""
     given = row.get("input") or ""
     paired = ", paired with an input that provides further context" if given else ""
     prompt = f"Below is an instruction that describes a task{paired}. "
     prompt += "Write a response that appropriately completes the request.\n\n"
     prompt += f"### Instruction:\n{row['instruction']}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
-    return [(prompt + "### Response:\n", False), (row["output"], True)]
+    return prompt_text(prompt + "### Response:\n", row["output"])
 
 
-FORMATS = {  # columns that decide: how a row is read. In this order: the Alpaca dataset has a column `text`, too
-    ("messages",): chat_pieces,
-    ("instruction", "output"): alpaca_pieces,
-    ("prompt", "answer"): lambda row, tokenizer: [(row["prompt"], False), (row["answer"], True)],
-    ("text",): lambda row, tokenizer: [(row["text"], False)],
+FORMATS = {  # columns that decide: (text, scored spans) of a row. In this order: the Alpaca dataset has `text`, too
+    ("messages",): chat_text,
+    ("instruction", "output"): alpaca_text,
+    ("prompt", "answer"): lambda row, tokenizer: prompt_text(row["prompt"], row["answer"]),
+    ("text",): lambda row, tokenizer: (row["text"], []),
 }
+
+
+def check_row(row: dict, kind: tuple[str, ...]) -> None:
+    """TypeError or KeyError where a row does not hold text."""
+    if kind == ("messages",):
+        texts = [message[key] for message in row["messages"] for key in ("role", "content")]
+    else:
+        texts = [row[column] for column in kind] + [row.get("input") or ""] * ("instruction" in kind)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("must be text")
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> datasets.Dataset:
@@ -298,12 +326,32 @@ def load_rows(name: str, split: str, config: str | None = None) -> datasets.Data
     return rows
 
 
+def tokenize(text: str, spans: list[tuple[int, int]], tokenizer, is_chat: bool) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a text whose `spans` are scored, each with the token that ends it: EOS, or the template's own.
+
+    The text is tokenized as a whole, as the model will see it; a token that reaches into a span belongs to it.
+    """
+    encoding = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        for i, (left, right) in enumerate(offsets):
+            if right > start and left < end and right > left:
+                labels[i] = ids[i]
+        special = tokenizer.added_tokens_decoder if is_chat else ()
+        end_of_turn = (i for i, (left, _) in enumerate(offsets) if left >= end and ids[i] in special)
+        for i in islice(end_of_turn, 1):
+            labels[i] = ids[i]
+    if spans and not is_chat:
+        ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
+    return ids, labels
+
+
 def load_examples(name: str, split: str, tokenizer, *, config: str | None = None, max_samples: int | None = None,
                   max_length: int = 2048, seed: int = 0) -> tuple[list[dict], str]:  # fmt: skip
     """Tokenized examples {task, ids, labels}, and a line that tells how many were cut or dropped.
 
-    Answers end with EOS (a chat template writes its own end of a turn). What is beyond `max_length` tokens is cut
-    away; an example that has no prompt or no answer left is dropped.
+    What is beyond `max_length` tokens is cut away; an example that has no prompt or no answer left is dropped.
 
     Raises:
         ValueError: if the dataset or split is not there, has other columns than FORMATS, or no usable example.
@@ -318,38 +366,25 @@ def load_examples(name: str, split: str, tokenizer, *, config: str | None = None
     if kind == ("messages",) and not tokenizer.chat_template:
         raise ValueError(f"--dataset {name}: `messages` need a chat template, which this tokenizer lacks")
 
-    pieces, progress = [], show_progress("reading")
+    examples, cut, progress = [], 0, show_progress("reading")
     for i, row in enumerate(rows):
         progress(i + 1, len(rows))
         try:
-            pieces.append(FORMATS[kind](row, tokenizer))
-            if not all(isinstance(text, str) for text, _ in pieces[-1]):
-                raise TypeError("must be text")
-        except (TypeError, KeyError, AttributeError, ValueError, TemplateError) as error:
+            check_row(row, kind)
+        except (TypeError, KeyError) as error:
             told = f"{type(error).__name__}: {error}"
             raise ValueError(f"--dataset {name}, row {i}: cannot read {', '.join(kind)} ({told})") from error
-    texts = [text for row in pieces for text, _ in row]
-    tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    start = [] if kind == ("messages",) else tokenizer("")["input_ids"]  # BOS, where the model has one
-    end = [tokenizer.eos_token_id] if "answer" in kind or "output" in kind else []
-
-    examples, cut = [], 0
-    tasks = rows["task"] if "task" in rows.column_names else ["all"] * len(rows)
-    for task, row in zip(tasks, pieces):
-        ids, labels = list(start), [-100] * len(start)
-        for _, is_scored in row:
-            ids += (piece := next(tokens))
-            labels += piece if is_scored else [-100] * len(piece)
-        cut += len(ids + end) > max_length
-        ids, labels = (ids + end)[:max_length], (labels + end)[:max_length]
-        if kind == ("text",):
-            labels = [-100] * ((len(ids) + 1) // 2) + ids[(len(ids) + 1) // 2 :]
-        if labels and labels[0] == -100 and labels.count(-100) < len(labels):
-            examples.append({"task": task, "ids": ids, "labels": labels})
+        if (found := FORMATS[kind](row, tokenizer)) is not None:
+            ids, labels = tokenize(*found, tokenizer, is_chat=kind == ("messages",))
+            cut += len(ids) > max_length
+            ids, labels = ids[:max_length], labels[:max_length]
+            if kind == ("text",):
+                labels = [-100] * ((len(ids) + 1) // 2) + ids[(len(ids) + 1) // 2 :]
+            if labels and labels[0] == -100 and labels.count(-100) < len(labels):
+                examples.append({"task": str(row.get("task", "all")), "ids": ids, "labels": labels})
     dropped = len(rows) - len(examples)
-    counts = (
-        f"{len(rows):,} read, {cut:,} cut at {max_length:,} tokens, {dropped:,} dropped: no prompt or no answer left"
-    )
+    counts = f"{len(rows):,} read, {cut:,} cut at {max_length:,} tokens, {dropped:,} dropped: no prompt or answer left"
+    counts += ", or refused by the chat template" if kind == ("messages",) else ""
     if not examples:
         raise ValueError(f"--dataset {name}: no example is left ({counts}); raise --max-length {max_length}?")
     return examples, f"{len(examples):,} examples ({counts})"
@@ -474,6 +509,14 @@ def optimizer_state(model, optimizer: torch.optim.AdamW) -> dict[str, torch.Tens
     }
 
 
+def training_mode(model) -> None:
+    """Every gate computed, and activations stored as asked for; but no dropout: the backbone is not trained."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, MindSkip) or getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of this module alone: train() would reach those inside
+
+
 def scored_tokens(examples: list[dict]) -> int:
     return sum(len(example["labels"]) - example["labels"].count(-100) for example in examples)
 
@@ -492,7 +535,8 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
         FloatingPointError: if loss or gradient is not finite; the routers are then those of the step before.
     """
     optimizer = optimizer or router_optimizer(model, lr)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps, last_epoch=done - 1)
+    # From 1 to `steps` of steps + 1: at either end the rate would be zero, and a step wasted.
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps + 1, last_epoch=done)
     weights, (rank, world) = router_parameters(model), process()
     gates = len(weights) * batch_size  # in a step
     places = range(rank, batch_size, world)  # of this process's sequences in a step
@@ -500,7 +544,7 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
     parts = [list(places[i : i + micro]) for i in range(0, len(places), micro)]
     for weight in weights:
         weight.requires_grad_(True)
-    model.train()
+    training_mode(model)
     for step, chosen in zip(range(done + 1, steps + 1), islice(batches(examples, batch_size, seed), done, None)):
         torch.manual_seed(seed * 1_000_003 + step)  # nothing that is drawn depends on earlier steps: --resume
         explored, task_loss, opened = logistic_noise(len(weights), batch_size, noise), 0.0, 0.0
@@ -531,10 +575,11 @@ def tune(model, examples: list[dict], *, capacity: float, sparsity_weight: float
         if not all(torch.isfinite(value).all() for value in [torch.tensor(task_loss), *(w.grad for w in weights)]):
             raise FloatingPointError(f"step {step}: loss {task_loss} or its gradient is not finite; try a lower --lr,"
                                      " --dtype bfloat16 or float32, or look for broken examples")  # fmt: skip
+        rate = schedule.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        report({"step": step, "loss": task_loss, "keep": keep, "lr": schedule.get_last_lr()[0],
+        report({"step": step, "loss": task_loss, "keep": keep, "lr": rate,
                 "tokens": sum(len(example["ids"]) for example in chosen)})  # fmt: skip
     model.eval()
 
@@ -580,18 +625,19 @@ def default_layers(model) -> tuple[int, ...]:
     return tuple(found[max(1, len(found) - 1 - len(found) // 2) : -1]) or (1,)  # too few: add_mindskip says so
 
 
-def check_least(args: argparse.Namespace, least: dict[str, float]) -> None:
-    for name, low in least.items():
+def check_bounds(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    for name, (low, high) in bounds.items():
         value = getattr(args, name)
-        if value is not None and not low <= value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be finite, and at least {low}")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be wrong by itself, with no file opened."""
-    least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_samples": 1, "max_length": 2, "lr": 0, "noise": 0,
-             "sparsity_weight": 0}  # fmt: skip
-    check_least(args, least)
+    count = (1, 10**9)
+    check_bounds(args, steps=count, batch_size=(1, 10**6), micro_batch_size=count, max_samples=count,
+                 max_length=(2, 10**9), lr=(0, 1e3), noise=(0, 1e3), sparsity_weight=(0, 1e6),
+                 seed=(0, 2**31 - 1))  # fmt: skip
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
     if args.resume and args.overwrite:
@@ -603,18 +649,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--device-map is for one process: start it with python, not torchrun")
 
 
-def open_folder(folder: Path, overwrite: bool) -> None:
-    """Make the output folder; refuse one that has been used or cannot be written."""
+def check_vocabulary(model, examples: list[dict]) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    if (highest := max(max(example["ids"]) for example in examples)) >= size:
+        raise ValueError(f"the tokenizer gives token {highest}, but the model has {size}: they do not belong together")
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that has been used or cannot be written; make nothing yet."""
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{folder} holds an earlier run; choose another name,"
-                         " --overwrite it, or --resume it")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".writable").write_text("yes\n")
-    (folder / ".writable").unlink()
+        raise ValueError(f"{folder} holds an earlier run; choose another name, --overwrite it, or --resume it")
+    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: {there} is {'not writable' if there.is_dir() else 'a file'}")
 
 
 def begin(folder: Path, args: argparse.Namespace) -> None:
-    """Note the arguments in the output folder, and leave no result of an earlier run beside them."""
+    """Make the output folder, note the arguments there, and leave no result of an earlier run beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("routers.safetensors", "results.json", "results.png", "tasks.json"):
         (folder / name).unlink(missing_ok=True)
     (folder / "arguments.json").write_text(json.dumps({**settings(args), "versions": versions()}, indent=2) + "\n")
@@ -630,7 +682,7 @@ def settings(args: argparse.Namespace) -> dict:
 def read_progress(path: Path, args: argparse.Namespace) -> tuple[int, dict[str, torch.Tensor]]:
     """(steps done, optimiser state) of an unfinished run. ValueError if there is none, or it had other arguments."""
     if not path.is_file():
-        raise ValueError(f"--resume: there is no {path}; leave --resume away to begin")
+        raise ValueError(f"--resume: there is no {path}; to begin, leave --resume away (--overwrite what is there)")
     described, tensors = read_routers(path)
     if "step" not in described["about"]:
         raise ValueError(f"--resume: the run in {path.parent} is finished")
@@ -707,9 +759,10 @@ def set_up(args: argparse.Namespace, folder: Path, is_writer: bool):
         done, state = read_progress(path, args)
     elif is_writer:
         with naming(f"--name {args.name}"):
-            open_folder(folder, args.overwrite)
+            check_folder(folder, args.overwrite)
     examples, told = examples_of(args, args.split, load_tokenizer(args))
     model = add_mindskip(model_of(args), config)
+    check_vocabulary(model, examples)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     if args.resume:

@@ -126,14 +126,14 @@ TUNE = {
     "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
     "a layer out of range": (["--layers", "3,8"], nothing, "for `self_attn` after its first, found in [1, 2, 3, 4, 5]"),
     "layers that are no numbers": (["--layers", "all"], nothing, "invalid layer_list value: 'all'"),
-    "no steps": (["--steps", "0"], nothing, "--steps 0: must be finite, and at least 1"),
+    "no steps": (["--steps", "0"], nothing, "--steps 0: must be between 1 and"),
     "an infinite learning rate": (["--lr", "inf"], nothing, "--lr inf"),
     "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr nan"),
     "negative noise": (["--noise", "-1"], nothing, "--noise -1.0"),
     "an empty batch": (["--batch-size", "0"], nothing, "--batch-size 0"),
     "an empty micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
     "no samples": (["--max-samples", "0"], nothing, "--max-samples 0"),
-    "no length": (["--max-length", "1"], nothing, "--max-length 1: must be finite, and at least 2"),
+    "no length": (["--max-length", "1"], nothing, "--max-length 1: must be between 2 and"),
     "an abbreviation": (["--cap", "0.5"], nothing, "unrecognized arguments: --cap"),
     "a path for a name": (["--name", "../elsewhere"], nothing, "must be the name of a folder in runs/"),
     "an unknown kind of attention": (["--attn-implementation", "fast"], nothing, "invalid choice: 'fast'"),
@@ -157,7 +157,7 @@ TUNE = {
     "an empty split": (["--split", "train[:0]"], nothing, "--split train[:0]"),
     "other columns": (
         FILE, rows({"question": "a", "reply": "b"}), "found columns ['question', 'reply']; accepted are:"),
-    "answers cut away entirely": (["--max-length", "4"], nothing, "40 dropped: no prompt or no answer left); raise"),
+    "answers cut away entirely": (["--max-length", "4"], nothing, "40 dropped: no prompt or answer left); raise"),
     "text that is a number": (FILE, rows({"prompt": 1, "answer": "2"}), "row 0: cannot read prompt, answer (Type"),
     "an answer that is missing": (FILE, rows({"prompt": "a", "answer": "b"}, {"prompt": "c"}), "row 1: cannot read"),
     "messages that are text": (FILE, rows({"messages": "hello"}), "row 0: cannot read messages"),
@@ -168,7 +168,7 @@ TUNE = {
     "another kind of file": (["--dataset", "rows.txt"], text("a", "rows.txt"), "must end in .json, .jsonl, .parquet"),
     "a used folder": (["--name", "used"], used, "choose another name, --overwrite it, or --resume it"),
     "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "--name x"),
-    "nothing to resume": (["--resume"], nothing, "leave --resume away to begin"),
+    "nothing to resume": (["--resume"], nothing, "to begin, leave --resume away"),
     "a finished run to resume": (["--resume", "--name", "done"], finished, "the run in runs/done is finished"),
     "resume and overwrite": (["--resume", "--overwrite"], nothing, "choose one"),
 }  # fmt: skip
@@ -225,6 +225,7 @@ def test_a_read_only_disk(main, extra, folder, capfd, monkeypatch):
     def mkdir(path, *arguments, **options):
         raise OSError(30, "Read-only file system", str(path))
 
+    monkeypatch.setattr(tune.os, "access", lambda path, mode: True)
     monkeypatch.setattr(tune.Path, "mkdir", mkdir)  # tests may run as root, whom no permission stops
     error = refused(main, ["--model", "model", "--dataset", "data", *extra], folder, capfd)
     assert "Read-only file system" in error
@@ -281,14 +282,14 @@ EVALUATE = {
     "a truncated routers file": ([], truncated("routers.safetensors"), "holds no MindSkip routers"),
     "a foreign safetensors file": ([], foreign, "holds no MindSkip routers"),
     "a pickled file": ([], pickled_routers, "holds no MindSkip routers"),
-    "routers that are not finite": ([], edit_routers(not_finite), "a weight is not finite"),
+    "routers that are not finite": ([], edit_routers(not_finite), "the router of layer 3 is not finite"),
     "a router that is missing": ([], edit_routers(one_missing), "layers.3.router.weight"),
-    "a router of another length": ([], edit_routers(one_short), "not of the hidden size"),
+    "a router of another length": ([], edit_routers(one_short), "or does not fit"),
     "a granularity of another kind": ([], edit_routers(broken_metadata), "granularity must be"),
     "routers of another width": ([], save_other(hidden_size=32), "'hidden_size': 32"),
     "routers of another depth": ([], save_other(num_hidden_layers=8), "'num_layers': 8"),
     "routers of another type": ([], save_other(family="qwen3"), "'model_type': 'qwen3'"),
-    "too few repeats": (["--repeats", "1"], nothing, "--repeats 1: must be finite, and at least 2"),
+    "too few repeats": (["--repeats", "1"], nothing, "--repeats 1: must be between 2 and"),
     "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length 0"),
     "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),

@@ -28,7 +28,7 @@ def parts(example: dict) -> tuple[str, list[str]]:
 def test_prompt_and_answer(tmp_path):
     (example,), told = load(tmp_path / "a.jsonl", [{"prompt": "1+1=", "answer": "2"}])
     assert parts(example) == ("<s>1+1=", ["2</s>"]) and example["task"] == "all"
-    assert told == "1 examples (1 read, 0 cut at 2,048 tokens, 0 dropped: no prompt or no answer left)"
+    assert told == "1 examples (1 read, 0 cut at 2,048 tokens, 0 dropped: no prompt or answer left)"
 
 
 def test_alpaca_with_and_without_input(tmp_path):
@@ -56,7 +56,7 @@ def test_every_turn_of_the_assistant_is_scored_and_only_what_precedes_the_first_
     (example,), _ = load(tmp_path / "a.jsonl", [row])
     assert parts(example) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        ["hello<|im_end|>\n", "two<|im_end|>\n"],
+        ["hello<|im_end|>", "two<|im_end|>"],
     )
     whole = make_tokenizer().apply_chat_template(row["messages"], tokenize=False)
     assert make_tokenizer().decode(example["ids"]) == whole  # the template's text, no BOS of ours in front
@@ -72,7 +72,7 @@ def test_a_template_that_treats_the_last_turn_differently(tmp_path):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (example,), _ = load(tmp_path / "a.jsonl", [row], make_tokenizer(template))
-    assert parts(example)[1] == ["b<|im_end|>\n", "(thought) d<|im_end|>\n"]
+    assert parts(example)[1] == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_of_plain_text_the_first_half_votes_and_the_second_is_scored(tmp_path):
@@ -90,7 +90,7 @@ def test_cut_and_dropped_examples_are_counted(tmp_path):
     ]
     examples, told = load(tmp_path / "a.jsonl", rows, max_length=8)
     assert [parts(example) for example in examples] == [("<s>12345", ["67"]), ("<s>1", ["2</s>"])]
-    assert told == "2 examples (3 read, 2 cut at 8 tokens, 1 dropped: no prompt or no answer left)"
+    assert told == "2 examples (3 read, 2 cut at 8 tokens, 1 dropped: no prompt or answer left)"
 
 
 def test_conversations_without_an_answer_are_dropped(tmp_path):
