@@ -257,9 +257,8 @@ def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
 def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    Left out: norms, softmax, routers (D each), the states of linear attention; multi-head latent attention (DeepSeek) is
-    counted as if its heads were of one width, some 5% low. Neither the causal mask nor
-    a sliding window is taken off.
+    Left out: norms, softmax, routers (D each), the states of linear attention. Multi-head latent attention (DeepSeek)
+    comes out some 5% low. Neither the causal mask nor a sliding window is taken off.
 
     Args:
         tokens: T, computed in this call. visible: S, keys that each may look at.

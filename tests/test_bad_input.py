@@ -39,7 +39,7 @@ def folder(originals, tmp_path, monkeypatch):
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
 
 
 def refused(main, arguments: list[str], folder: Path, capfd) -> str:
@@ -92,6 +92,10 @@ def without_chat_template(folder):
 def gpt2(folder):
     config = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=128, bos_token_id=1, eos_token_id=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "model")
+
+
+def small_vocabulary(folder):
+    build(vocab_size=12).save_pretrained(folder / "model")
 
 
 def truncated(path: str):
@@ -150,6 +154,17 @@ TUNE = {
     "weights that are pickled": ([], pickled, "safetensors"),
     "weights that are not finite": (
         [], edit_weights(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), "model.norm.weight is not"),
+    "weights of which one is missing": (
+        [], edit_weights(lambda weights: weights.pop("model.layers.3.mlp.up_proj.weight")), "1 weights are missing"),
+    "weights of another shape": ([], edit_config(intermediate_size=80), "mismatch"),
+    "a configuration without sense": ([], edit_config(num_attention_heads=0), "--model model"),
+    "a tokenizer file that is broken": ([], text('{"model": {"type": "WrdLevel"}}', "model/tokenizer.json"), "--model"),
+    "a tokenizer of another model": ([], small_vocabulary, "they do not belong together"),
+    "a seed that is too large": (["--seed", "99999999999"], nothing, "--seed 99999999999: must be between 0 and"),
+    "a learning rate without sense": (["--lr", "1e38"], nothing, "--lr 1e+38"),
+    "an instruction that is missing": (FILE, rows({"instruction": None, "output": "b"}), "row 0: cannot read"),
+    "no name": (["--name", ""], nothing, "--name"),
+    "the folder above": (["--name", ".."], nothing, "--name"),
     "no such dataset": (["--dataset", "nowhere"], nothing, "--dataset nowhere"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
     "no such configuration": (["--dataset-config", "hard"], nothing, "hard"),
@@ -275,7 +290,13 @@ def broken_metadata(tensors, metadata):
     metadata["mindskip"] = metadata["mindskip"].replace('"granularity": "attention-sequence"', '"granularity": "mlp"')
 
 
+def no_such_layer(tensors, metadata):
+    metadata["mindskip"] = metadata["mindskip"].replace("[2, 3, 4]", "[2, 3, 77]")
+    tensors["layers.77.router.weight"] = tensors.pop("layers.4.router.weight")
+
+
 EVALUATE = {
+    "routers of a layer that is not there": ([], edit_routers(no_such_layer), "the router of layer 77"),
     "no routers": (["--routers", "nowhere"], nothing, "--routers nowhere: no such file"),
     "no such file": (["--routers", "runs/x.safetensors"], nothing, "no such file, and not a Hub id"),
     "routers on a Hub that cannot be had": (["--routers", "some/routers"], nothing, "some/routers"),
@@ -317,7 +338,12 @@ def test_an_extra_that_is_not_installed(option, package, folder, capfd, monkeypa
 
 
 @pytest.mark.parametrize(
-    "task, message", [("boolqq", "close are ['boolq"), ("repeat", "generate_until is not supported")]
+    "task, message",
+    [
+        ("boolqq", "close are ['boolq"),
+        ("several", "a group without a metric"),
+        ("repeat", "generate_until is not supported"),
+    ],
 )
 def test_tasks_that_cannot_be_scored(task, message, folder, capfd):
     pytest.importorskip("lm_eval", reason="needs the extra `tasks`")

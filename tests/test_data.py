@@ -62,17 +62,63 @@ def test_every_turn_of_the_assistant_is_scored_and_only_what_precedes_the_first_
     assert make_tokenizer().decode(example["ids"]) == whole  # the template's text, no BOS of ours in front
 
 
-def test_a_template_that_treats_the_last_turn_differently(tmp_path):
-    """Qwen3's, in short: an empty thought stands before the last answer only."""
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{% if message.role == 'assistant' and loop.last %}(thought) {% endif %}{{ message.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+# Templates in the manner of well-known models, shortened. {m} stands for the loop over messages.
+TEMPLATES = {
+    "Phi-3": "{m}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+    "Llama-3, the first": "{{ bos_token }}{m}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>"
+                          "{% endfor %}<|im_start|>assistant\n",
+    "Llama-2": "{m}{% if message.role == 'user' %}{{ bos_token }}[INST] {{ message.content }} [/INST]"
+               "{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}",
+    "Qwen3": "{m}<|im_start|>{{ message.role }}\n"
+             "{% if message.role == 'assistant' and loop.last %}(thought) {% endif %}{{ message.content }}<|im_end|>\n{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", list(TEMPLATES))
+@pytest.mark.parametrize("said", [("b", "d"), ("yes", "yes"), ("a", "assistant"), ("", "d")])
+def test_turns_are_found_in_the_templates_of_well_known_models(tmp_path, model, said):
+    tokenizer = make_tokenizer(TEMPLATES[model].replace("{m}", "{% for message in messages %}"))
+    turns = [("user", "a or b?"), ("assistant", said[0]), ("user", "and yes"), ("assistant", said[1])]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (example,), _ = load(tmp_path / "a.jsonl", [row], make_tokenizer(template))
-    assert parts(example)[1] == ["b<|im_end|>", "d<|im_end|>"]
+    (example,), _ = load(tmp_path / "a.jsonl", [row], tokenizer)
+    end = "</s>" if model == "Llama-2" else "<|im_end|>"
+    prompt, scored = parts(example)
+    # Llama-2 puts a space between answer and end of turn, which is neither's.
+    expected = [piece for turn in said for piece in ((turn, end) if model == "Llama-2" else (turn + end,)) if piece]
+    assert scored == expected
+    assert "a or b?" in prompt and "and yes" not in prompt and "<|im_end|>" not in prompt.partition("a or b?")[2][11:]
+    assert make_tokenizer().decode(example["ids"]) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+
+
+def test_conversations_that_the_template_refuses_or_changes_are_dropped_and_counted(tmp_path):
+    alternate = (
+        "{% if loop.index0 % 2 and message.role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    )
+    strict = make_tokenizer("{% for message in messages %}" + alternate + "{{ message.content | upper }};{% endfor %}")
+    rows = [
+        {"messages": [{"role": "user", "content": "A"}, {"role": "user", "content": "B"}]},
+        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "changed"}]},
+        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "KEPT"}]},
+    ]
+    (example,), told = load(tmp_path / "a.jsonl", rows, strict)
+    assert parts(example) == ("A;", ["KEPT"])
+    assert "3 read, 0 cut at 2,048 tokens, 2 dropped: no prompt or answer left, or refused by the chat" in told
+
+
+def test_texts_are_tokenized_as_a_whole():
+    """Llama-2's way: a space is put before a text; before an answer it would be a token that no model predicts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["</s>", "\u2581one", "\u2581two", "two", "<unk>", "\u2581one="])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("=", "merged_with_previous")]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    ids, labels = tune.tokenize(*tune.prompt_text("one=", "two"), fast, is_chat=False)
+    assert fast.convert_ids_to_tokens(ids) == ["\u2581one=", "two", "</s>"] and labels == [-100, *ids[1:]]
 
 
 def test_of_plain_text_the_first_half_votes_and_the_second_is_scored(tmp_path):

@@ -26,9 +26,9 @@ def inputs(tmp_path) -> list[str]:
     return ["--model", model, "--dataset", save_rows(tmp_path / "train.jsonl", question_rows())]
 
 
-def gradients(micro_batch_size=None, checkpointing=False, capacity=0.3, rows=12):
+def gradients(micro_batch_size=None, checkpointing=False, capacity=0.3, rows=12, **changes):
     """Gradients, gates kept and loss of the first step."""
-    model = add_mindskip(build(), MindSkipConfig(ROUTED)).requires_grad_(False)
+    model = add_mindskip(build(**changes), MindSkipConfig(ROUTED)).requires_grad_(False)
     if checkpointing:
         tune.checkpoint_activations(model)
     records, found, weights = [], [], router_parameters(model)
@@ -49,6 +49,22 @@ def test_accumulation_and_checkpointing_change_neither_gates_nor_gradients(chang
     for one, two in zip(expected, found):
         assert one.abs().max() > 1e-4
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+def test_a_frozen_backbone_has_no_dropout():
+    (expected, plain), (found, other) = gradients(), gradients(attention_dropout=0.5, micro_batch_size=5)
+    assert other["keep"] == plain["keep"] and other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    for one, two in zip(expected, found):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_no_step_is_wasted_on_a_rate_of_zero(steps):
+    model, records = add_mindskip(build(), MindSkipConfig(ROUTED)).requires_grad_(False), []
+    tune.tune(model, examples(), capacity=0.5, sparsity_weight=1.0, noise=1.0, steps=steps, batch_size=8, lr=1e-2,
+              seed=0, report=records.append)  # fmt: skip
+    assert all(0 < record["lr"] <= 1e-2 for record in records) and records[0]["lr"] == 1e-2  # of 5 steps, 1 warms up
+    assert all(weight.abs().max() > 0 for weight in router_parameters(model))
 
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
