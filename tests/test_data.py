@@ -71,7 +71,8 @@ TEMPLATES = {
     "Llama-2": "{m}{% if message.role == 'user' %}{{ bos_token }}[INST] {{ message.content }} [/INST]"
                "{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}",
     "Qwen3": "{m}<|im_start|>{{ message.role }}\n"
-             "{% if message.role == 'assistant' and loop.last %}(thought) {% endif %}{{ message.content }}<|im_end|>\n{% endfor %}",
+             "{% if message.role == 'assistant' and loop.last %}(thought) {% endif %}"
+             "{{ message.content }}<|im_end|>\n{% endfor %}",
 }  # fmt: skip
 
 
