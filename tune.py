@@ -29,10 +29,10 @@ Differs from the paper:
                   `score`; a straight-through step was first meant for such units (arXiv 1308.3432). Without
                   it all gates start at the threshold and close together, and an input that needs two
                   layers learns nothing from opening one. --noise 0 is the paper's step; on the demo it
-                  costs points, and they depend on the seed.
+                  fails for more seeds.
     lambda, lr    0.3 and 1e-2 for the demo, whose routers start at zero and see 600 steps; the paper's grid
                   for lambda ends at 0.1, the released script has 0 (no pressure at all), and lr 1e-5. Fewer, larger
-                  steps commit too early, to the wrong layer for some seeds: python tests/seeds.py.
+                  steps commit too early, more often to the wrong layer: python tests/seeds.py.
 """
 
 import argparse
