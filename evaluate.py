@@ -507,14 +507,14 @@ def compare_tasks(model, tokenizer, config: MindSkipConfig, ours: Row, train: li
 
 
 def tasks_table(results: dict) -> str:
-    heads = [f"{name} ({at['shots']})" for name, at in results["dense"]["tasks"].items()]
+    heads = [f"{name} {at['metric']}, {at['shots']}-shot" for name, at in results["dense"]["tasks"].items()]
     lines = []
     for name, row in results.items():
         errors = [at["standard_error"] for at in row["tasks"].values()]
         cells = [f"{at['value']:.1f} +-{math.nan if error is None else error:.1f}"
                  for at, error in zip(row["tasks"].values(), errors)]  # fmt: skip
         lines.append([name, *cells, f"{row['average']:.2f}", f"{row['keep']:.3f}"])
-    return table(["% (shots)", *heads, "average", "keep"], lines)
+    return table(["%", *heads, "average", "keep"], lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -737,9 +737,9 @@ def main(argv: list[str] | None = None) -> None:
     with parser.stop_cleanly("start again"):
         quality, chosen, gates = compare_quality(model, config, ours, train, test, args)
         text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
-        described = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
-        described += "" if "best" in chosen else "; best: not searched, too many subsets"
-        print(f"\n{quality_table(quality)}\nstatic: {described}\n\n{text}\n")
+        closes = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
+        closes += "" if "best" in chosen else "; best: not searched, too many subsets"
+        print(f"\n{quality_table(quality)}\nstatic: {closes}\n\n{text}\n")
 
         prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
         cost = compare_cost(model, config, ours, chosen["similarity"], prompts, args)
