@@ -414,18 +414,16 @@ def import_harness():
 def load_tasks(names: list[str], include_path: str | None):
     """The harness's task manager. ValueError if a task is unknown, or asks for more than to score answers."""
     manager = import_harness().tasks.TaskManager(include_path=include_path)
-    for name in names:
-        if name not in (known := manager.all_subtasks + manager.all_groups):
-            close = difflib.get_close_matches(name, known)
-            raise ValueError(f"--tasks {name}: no task or group of lm-evaluation-harness; close are {close}")
-    with naming(f"--tasks {','.join(names)}"):
-        loaded = manager.load(names)
-    for name, task in loaded["tasks"].items():
-        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
-            raise ValueError(
-                f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only multiple choice and likelihood"
-            )
-    for name in names:
+    known = manager.all_subtasks + manager.all_groups
+    if unknown := [name for name in names if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known)
+        raise ValueError(f"--tasks {unknown[0]}: no task or group of lm-evaluation-harness; close are {close}")
+    for name in names:  # their data, too, before the model's weights
+        with naming(f"--tasks {name}"):
+            loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+                raise ValueError(f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only choices and likelihoods")
         if name in loaded["groups"] and not loaded["groups"][name].aggregate_metric_list:
             raise ValueError(f"--tasks {name}: a group without a metric of its own; name its tasks")
     return manager

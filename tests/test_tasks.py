@@ -95,13 +95,15 @@ def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(folder
 
 
 def test_the_table_of_tasks(folder, capsys):
-    evaluate.main(["--model", "model", "--routers", "routers.safetensors", "--dataset", ".", "--tasks", "sums",
-                   "--include-path", TASKS, "--micro-batch-size", "8", "--num-fewshot", "1"])  # fmt: skip
+    evaluate.main(["--model", "model", "--routers", "routers.safetensors", "--dataset", ".",
+                   "--tasks", "sums,arithmetic", "--include-path", TASKS, "--micro-batch-size", "8",
+                   "--num-fewshot", "1"])  # fmt: skip
     results, printed = json.loads((folder / "tasks.json").read_text())["tasks"], capsys.readouterr().out
     assert list(results) == ["dense", "mindskip", "static"]
     for name, row in results.items():
-        (at,) = row["tasks"].values()
-        assert at["metric"] == "acc_norm" and at["shots"] == 1 and row["average"] == at["value"]
+        at, group = row["tasks"].values()
+        assert at["metric"] == "acc_norm" and at["shots"] == 1 and group["metric"] == "acc"
+        assert row["average"] == (at["value"] + group["value"]) / 2 and 0 < group["standard_error"] < 10
         share = at["value"] / 100
         assert at["standard_error"] == pytest.approx(100 * (share * (1 - share) / 29) ** 0.5)  # 30 questions
         assert re.search(rf"^{name} +{at['value']:.1f} \+-{at['standard_error']:.1f} ", printed, re.MULTILINE)
