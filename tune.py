@@ -210,6 +210,17 @@ def load_tokenizer(args: argparse.Namespace):
     return tokenizer
 
 
+@contextmanager
+def without_load_report():
+    """What transformers would tell of missing weights in many lines, load_model tells in one, and stops."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=None, **options) -> torch.nn.Module:
     """A frozen decoder in eval mode, from safetensors only; `options` go to from_pretrained.
 
@@ -225,10 +236,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map=
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install -e '.[accelerate]'")
     options |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True}
-    with naming(f"--model {check_model_name(name)} (safetensors only)"):
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-            raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
+    with naming(f"--model {check_model_name(name)} (safetensors only)"), without_load_report():
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True,
+                                                            ignore_mismatched_sizes=True, **options)  # fmt: skip
+        for what in ("missing", "mismatched"):  # transformers would go on with random ones
+            if keys := sorted(found[f"{what}_keys"]):
+                raise ValueError(f"{len(keys)} weights are {what}, among them {keys[0]}")
     model.eval().requires_grad_(False)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"--device-map {device_map}: {name} does not fit on the devices; use more, or a smaller dtype")
