@@ -574,7 +574,7 @@ def import_pyplot():
 
 
 def plot(results: dict, folder: Path) -> Path:
-    """Two panels: keep ratio by task and layer; accuracy of every row against the share of gates that it opens."""
+    """Two panels: keep ratio by task and layer; average accuracy of every row."""
     pyplot = import_pyplot()
     keep, layers = results["keep_by_task_and_layer"], results["config"]["layers"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")

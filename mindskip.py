@@ -12,9 +12,9 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, its norm
     voters      the tokens that the mean is taken over: a prompt's, never padding's or an answer's
     shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
 
-Training computes every attention and multiplies by the gate, so that closed gates learn too. Evaluation calls nothing
-for a closed gate and caches nothing; both give the same logits. Differs from the paper: only prompt tokens vote, once,
-at prefill. Absent on purpose: MLP, block and token granularity (worse in the paper), and copies of modelling code.
+Training computes every attention and multiplies by the gate, so that closed gates learn too. Evaluation calls no
+attention for a closed gate and caches nothing; both give the same logits. Differs from the paper: only prompt tokens
+vote, once, at prefill. Absent on purpose: other granularities (worse in the paper), and copies of modelling code.
 """
 
 import json
@@ -91,7 +91,7 @@ class _Voters:
         if module is not self.decoder or not self.said_above:
             attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             self.source, self.mask = (kwargs.pop("voters", None), kwargs.get("labels"), attention_mask), None
-        self.said_above = module is not self.decoder
+        self.said_above = module is not self.decoder  # the decoder, called next, knows neither voters nor labels
         return args, kwargs
 
     def of(self, x: Tensor) -> Tensor | None:

@@ -346,12 +346,11 @@ def tokenize(text: str, spans: list[tuple[int, int]], tokenizer, is_chat: bool) 
     """
     encoding = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    labels = [-100] * len(ids)
+    labels, special = [-100] * len(ids), tokenizer.added_tokens_decoder if is_chat else ()
     for start, end in spans:
         for i, (left, right) in enumerate(offsets):
             if right > start and left < end and right > left:
                 labels[i] = ids[i]
-        special = tokenizer.added_tokens_decoder if is_chat else ()
         end_of_turn = (i for i, (left, _) in enumerate(offsets) if left >= end and ids[i] in special)
         for i in islice(end_of_turn, 1):
             labels[i] = ids[i]
