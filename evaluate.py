@@ -1,300 +1,210 @@
 """Measure what skipping attention costs in accuracy, and what it saves in FLOPs, time and memory.
 
     python evaluate.py                    # the routers in runs/demo on the demo's test split; about a minute
-    python evaluate.py --plot             # and figures (pip install -e '.[plot]')
-    python evaluate.py --tasks arc_challenge,boolq,hellaswag,mmlu,openbookqa,piqa,rte,winogrande \\
-        --model meta-llama/Meta-Llama-3-8B --dataset tatsu-lab/alpaca --max-samples 500 --routers runs/llama
-                                          # the paper's table (pip install -e '.[tasks]')
+    python evaluate.py --plot             # and a figure (pip install -e '.[plot]')
+    python evaluate.py --tasks boolq,piqa --routers runs/llama --model meta-llama/Meta-Llama-3-8B \\
+        --dataset tatsu-lab/alpaca        # standard benchmarks (pip install -e '.[tasks]')
 
-Rows. The static ones and random ask whether it is worth anything that routing is *dynamic*:
+A row is a way to set gates, a dictionary for `fix_gates`. Static and random rows ask whether it is worth
+anything that routing is *dynamic*:
 
-    dense               the model as it was
-    mindskip            the tuned routers
-    static, similarity  attention removed from as many layers as mindskip skips, those of the lowest
-                        1 - cosine similarity between a sublayer's input and output on training data
-                        (the criterion of LLM-Drop, arXiv 2406.15786)
-    static, best        the best of all subsets of that size, chosen on the test split itself, in its favour; not
-                        searched where there are more than SUBSETS
+    dense               every gate open; in the table of costs, the model without routers
+    mindskip            the tuned routers decide
+    static, similarity  attention closed in as many layers as mindskip skips: the most redundant by the cosine
+                        similarity of a sublayer's input and output (LLM-Drop, arXiv 2406.15786)
     static, router      the layers that this very router closes most often on training data
-    random              gates drawn at random, each open with mindskip's keep ratio; the mean of several draws, in
-                        the table of costs one draw
+    static, best        the best of all subsets of that size, chosen on the test split, in its favour
+    random              each gate open with the probability of mindskip's keep ratio
     multiply            attention computed, then multiplied by mindskip's gates: the control for time
 
-Columns. Counted (FLOPs) and measured (time) are different things and different columns:
+A column is a heading and a format of a row's results. Counted (FLOP) and measured (ms) differ:
 
-    accuracy    every token of the answer right, by argmax given the answer so far: greedy decoding's exact match
+    accuracy    every token of the answer right, by argmax given the answer so far, as in greedy decoding
     +-          standard error; of a difference to dense, that of the paired difference
-    loss        mean nats for each answer token
+    loss        mean nats of an answer token
     keep        keep ratio: the fraction of routed gates that were open
-    FLOP        by formula, of one prompt's prefill, and of the last decode step of one row
-    prefill     milliseconds for the prompt pass of a batch;   decode  milliseconds for each one-token pass of it
-    x           median over repeats of dense time / row time in the same repeat;   [q1 q3] quartiles
-    KV          bytes of keys and values of a batch after decoding;   peak  most memory allocated beyond the weights
+    FLOP        by formula: one prompt's prefill, and the last decode step of one row
+    prefill     milliseconds for the prompt pass of a batch; decode: for a one-token pass of it; [quartiles]
+    x           median over repeats of dense time / row time in the same repeat
+    KV          keys and values of a batch after decoding; peak: most memory allocated beyond the weights
 """
 
-import argparse
-import difflib
+import copy
 import itertools
 import json
-import logging
 import math
+import random
 import statistics
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
+from tqdm import tqdm
+from transformers import AutoTokenizer, DynamicCache
 
-from mindskip import (
-    MindSkip,
-    MindSkipConfig,
-    add_mindskip,
-    fix_gates,
-    load_routers,
-    read_routers,
-    remove_mindskip,
-    routed,
-)
-from tune import (
-    CALIBRATION,
-    Parser,
-    add_input_arguments,
-    attention_layers,
-    check_bounds,
-    check_folder,
-    check_vocabulary,
-    collate,
-    describe,
-    examples_of,
-    load_tokenizer,
-    model_of,
-    naming,
-    prompt_of,
-    quiet,
-    show_progress,
-    subset,
-    versions,
-)
-
-# ---------------------------------------------------------------------------------------------
-# Rows: each is a way to set the model up for a batch, and to put it back
-
-
-@dataclass
-class Row:
-    name: str
-    using: Callable  # using(model, batch size) -> context manager
-
-
-@contextmanager
-def _attached(model, attach, gates=None):
-    attach(model)
-    try:
-        with fix_gates(model, gates or {}):
-            yield
-    finally:
-        remove_mindskip(model)
-
-
-def dense() -> Row:
-    return Row("dense", lambda model, batch: nullcontext())
-
-
-def mindskip(path) -> Row:
-    return Row("mindskip", lambda model, batch: _attached(model, lambda m: load_routers(m, path)))
-
-
-def static(name: str, closed) -> Row:
-    """Attention removed from the layers `closed`, whatever the input."""
-    if not closed:
-        return Row(name, dense().using)
-    config, gates = MindSkipConfig(closed), dict.fromkeys(closed, False)
-    return Row(name, lambda model, batch: _attached(model, lambda m: add_mindskip(m, config), gates))
-
-
-def random_gates(config: MindSkipConfig, keep: float, seed: int) -> Row:
-    """Each gate open with probability `keep`, drawn anew for each row of each batch."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def using(model, batch):
-        gates = {i: torch.rand(batch, generator=generator) < keep for i in config.layers}
-        return _attached(model, lambda m: add_mindskip(m, config), gates)
-
-    return Row("random", using)
-
-
-def multiply(gates: dict[int, torch.Tensor]) -> Row:
-    """Attention computed, then multiplied by the given gates (B, 1, 1), on the model as it was."""
-
-    @contextmanager
-    def using(model, batch):
-        def hook(gate):
-            return lambda module, args, output: (output[0] * gate.to(output[0].dtype), *output[1:])
-
-        layers = model.get_decoder().layers
-        handles = [layers[i].self_attn.register_forward_hook(hook(gate)) for i, gate in gates.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    return Row("multiply", using)
-
-
-# ---------------------------------------------------------------------------------------------
-# Quality
+import mindskip
+from mindskip import attention_layers, fix_gates, last_gates, load_routers, remove_mindskip
+from tune import CALIBRATION, Parser, collate, command, describe, from_pretrained, load_examples, load_model
+from tune import naming, number, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
 
+# ---- Quality
+
 
 @torch.no_grad()
-def score_answers(model, examples: list[dict], row: Row = dense(), batch_size: int = 256,
-          progress=lambda done, total: None) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Score answers given their prompts; only prompts vote.
-
-    Returns, for N examples: correct (N,) bool; loss (N,) summed nats; tokens (N,) answer tokens;
-    gates (N, routed layers), without columns where nothing is routed.
-    """
-    collected = {"correct": [], "loss": [], "tokens": [], "gates": []}
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))  # less padding
-    for start in range(0, len(order), batch_size):
-        chosen = [examples[i] for i in order[start : start + batch_size]]
-        batch = collate(chosen, model.device)
-        first = min(len(prompt_of(example)) for example in chosen) - 1  # the position that predicts the first answer
-        targets = batch.pop("labels")[:, first + 1 :]  # (B, A)
-        batch = {name: value[:, :-1] for name, value in batch.items()}  # nothing is predicted from the last token
-        with row.using(model, len(chosen)):
-            if not (skips := routed(model)):
-                batch.pop("voters")
-            width = targets.shape[1]  # A, the answers' width; 0 is an empty answer, but logits_to_keep=0 means all
-            logits = model(**batch, use_cache=False, logits_to_keep=max(1, width)).logits.float()
-            logits = logits[:, logits.shape[1] - width :]  # (B, A, vocabulary)
-            gates = [skip.gate.flatten().cpu() for skip in skips]
-        targets = targets.to(logits.device)
-        is_answer = targets != -100
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # 0 where ignored
-        collected["correct"].append(((logits.argmax(-1) == targets) | ~is_answer).all(1))
-        collected["loss"].append(loss.sum(1))
-        collected["tokens"].append(is_answer.sum(1))
-        collected["gates"].append(torch.stack(gates, 1) if gates else torch.empty(len(chosen), 0))
-        progress(start + len(chosen), len(order))
+def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -> dict[str, torch.Tensor]:
+    """{correct (N,), nats (N,), gates (N, layers)} under gates {layer: bool, or (N,) bool}."""
+    parts, order = [], sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))  # less padding
+    for start in tqdm(range(0, len(order), batch_size), "scoring", leave=False, disable=None):
+        index = order[start : start + batch_size]
+        some = {layer: gate if isinstance(gate, bool) else gate[index] for layer, gate in gates.items()}
+        with fix_gates(model, some):
+            nats, correct = score(model, [examples[i] for i in index])
+        parts.append((correct.cpu(), nats.cpu(), last_gates(model).T.cpu()))
     back = torch.tensor(order).argsort()
-    return {name: torch.cat(values).cpu()[back] for name, values in collected.items()}
+    return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
 
 
-def summarize(scores: dict, reference: dict, tasks: list[str]) -> dict:
-    """Accuracies in percent by task and on average (every task counts the same), with standard errors."""
-    names = list(dict.fromkeys(tasks))
-    by_task, average, variance, paired = {}, 0.0, 0.0, 0.0
-    for name in names:
-        chosen = torch.tensor([task == name for task in tasks])
-        right = 100.0 * scores["correct"][chosen].double()
-        change = right - 100.0 * reference["correct"][chosen].double()
-        by_task[name] = right.mean().item()
-        average += right.mean().item() / len(names)
-        variance += right.var(correction=0).item() / len(right) / len(names) ** 2
-        paired += change.var(correction=0).item() / len(right) / len(names) ** 2
+def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> dict:
+    """Accuracies in percent by task and on average (tasks count the same), with standard errors."""
+    accuracy, variance, paired = {}, 0.0, 0.0
+    for name in dict.fromkeys(one["task"] for one in examples):
+        chosen = torch.tensor([one["task"] == name for one in examples])
+        right, before = (100.0 * one["correct"][chosen].double() for one in (scores, dense))
+        accuracy[name] = right.mean().item()
+        variance += right.var(correction=0).item() / len(right)
+        paired += (right - before).var(correction=0).item() / len(right)
+    tokens = sum(len(one["ids"]) - one["prompt"] for one in examples)
     return {
-        "accuracy": by_task, "average": average, "standard_error": math.sqrt(variance),
-        "paired_standard_error": math.sqrt(paired), "loss": (scores["loss"].sum() / scores["tokens"].sum()).item(),
-        "keep": scores["gates"].mean().item() if scores["gates"].numel() else 1.0,
-    }  # fmt: skip
+        "accuracy": accuracy,
+        "by_task": list(accuracy.values()),
+        "average": statistics.mean(accuracy.values()),
+        "standard_error": math.sqrt(variance) / len(accuracy),
+        "paired_standard_error": math.sqrt(paired) / len(accuracy),
+        "loss": scores["nats"].sum().item() / tokens,
+        "keep": 1 - (1 - scores["gates"]).sum(1).mean().item() / routed,
+    }
+
+
+def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
+    """Routers of `path`, and gates on all other attention but the first, which static rows may close.
+
+    Returns the routed layers, and mindskip's row, which leaves the others open.
+    """
+    weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
+    config = replace(model.mindskip_config, layers=tuple(attention_layers(model)[1:]))
+    for router in mindskip.routers(mindskip.add_mindskip(remove_mindskip(model), config)):
+        router.weight = weights.get(router.layer, router.weight)
+    return tuple(weights), dict.fromkeys(set(config.layers) - set(weights), True)
 
 
 @torch.no_grad()
 def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
-    """Attention layers but the first, the most redundant first: lowest 1 - cos(x, x + F(x)), mean over prompt tokens.
+    """Attention layers but the first, most redundant first: lowest 1 - cos(x, x + F(x)), mean over prompts.
 
     F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
     """
-    layers, handles, seen = model.get_decoder().layers, [], {}
+    seen, totals, handles = {}, {}, []
 
-    def watch(i, layer):
-        def enter(module, args, kwargs):
-            seen[i] = {"x": args[0] if args else kwargs["hidden_states"]}
+    def watch(i: int, layer) -> None:
+        def enter(_, args, kwargs):
+            seen[i] = args[0] if args else kwargs["hidden_states"], None
 
-        def leave(module, args, kwargs, output):
-            seen[i]["added"] = output[0]
-
-        def follow(module, args, output):  # a norm or dropout on the way from attention to the residual stream
-            if args and args[0] is seen[i].get("added"):
-                seen[i]["added"] = output
+        def leave(child, args, output):  # attention; then a norm or dropout on its way to the residual stream
+            if child is layer.self_attn or (args and args[0] is seen[i][1]):
+                seen[i] = seen[i][0], output[0] if isinstance(output, tuple) else output
 
         handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(layer.self_attn.register_forward_hook(leave, with_kwargs=True))
-        handles.extend(child.register_forward_hook(follow) for _, child in layer.named_children())
+        handles.extend(child.register_forward_hook(leave) for child in layer.children())
 
     for i in attention_layers(model)[1:]:
-        watch(i, layers[i])
-    totals, count = {}, 0
+        watch(i, model.get_decoder().layers[i])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
-        voters = batch["voters"]
         model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        for i, at in seen.items():
-            x, y = at["x"].float(), (at["x"] + at["added"]).float()
-            cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
-            totals[i] = totals.get(i, 0.0) + (1 - cosine)[voters.to(cosine.device)].sum().item()
-        count += voters.sum().item()
+        for i, (x, added) in seen.items():
+            cosine = torch.nn.functional.cosine_similarity(x.float(), (x + added).float(), dim=-1)
+            totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(x.device)].sum().item()
     for handle in handles:
         handle.remove()
-    return sorted(totals, key=lambda i: totals[i] / count)
+    return sorted(totals, key=totals.get)
 
 
-# ---------------------------------------------------------------------------------------------
-# FLOPs, by formula
+def most_redundant(model, every: dict, examples: list[dict], count: int, args) -> tuple[int, ...]:
+    with fix_gates(model, every):
+        return tuple(sorted(similarity_order(model, examples, args.micro_batch_size)[:count]))
+
+
+def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: list[dict], args):
+    """Every row on `test`; `train` chooses static layers. Returns (rows, static layers, mindskip's gates)."""
+
+    def row(gates: dict) -> dict:
+        return score_all(model, test, gates, args.micro_batch_size)
+
+    every = dict.fromkeys(sorted([*layers, *ours]), True)
+    dense, routed, places = row(every), row(ours), [list(every).index(i) for i in layers]
+    keep = routed["gates"][:, places].mean().item()
+    skipped = round((1 - keep) * len(layers))
+    often_open = score_all(model, train, ours, args.micro_batch_size)["gates"][:, places].mean(0)
+    chosen = {"similarity": most_redundant(model, every, train, skipped, args)}
+    chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
+    is_searched = math.comb(len(every), skipped) <= SUBSETS
+    static = dict.fromkeys(itertools.combinations(every, skipped) if is_searched else chosen.values())
+    for closed in tqdm(static, "static subsets", leave=False, disable=None):
+        static[closed] = summarize(row(every | dict.fromkeys(closed, False)), dense, test, len(layers))
+    if is_searched:
+        chosen["best"] = max(static, key=lambda closed: static[closed]["average"])
+    generator = torch.Generator().manual_seed(args.seed)
+    drawn = {i: torch.rand(len(test), generator=generator) < keep for i in layers}
+    rows = {"dense": summarize(dense, dense, test, len(layers))}
+    rows["mindskip"] = summarize(routed, dense, test, len(layers))
+    rows |= {f"static, {name}": static[closed] for name, closed in chosen.items()}
+    rows["random"] = summarize(row(ours | drawn), dense, test, len(layers))
+    for one in rows.values():
+        one["to_dense"] = one["average"] - rows["dense"]["average"]
+    return rows, chosen, routed["gates"][:, places]
+
+
+# ---- Cost
 
 
 def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    Left out: norms, softmax, routers (D each), the states of linear attention. Multi-head latent attention (DeepSeek)
-    comes out some 5% low. Neither the causal mask nor a sliding window is taken off.
+    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows that run a
+    layer's attention, 1 where none is given. logits: tokens that go through the output head.
 
-    Args:
-        tokens: T, computed in this call. visible: S, keys that each may look at.
-        keep: fraction of rows that run the attention of a layer; 1 where a layer is not named.
-        logits: tokens that go through the output head.
+    Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal masks
+    and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
     """
     text = model.config.get_text_config(decoder=True)
+    visited = getattr(text, "num_experts_per_tok", None)  # of stacked experts, (experts, in, out)
 
-    def size(module) -> float:  # of its matrices; of stacked experts (experts, in, out), those that a token visits
-        chosen = getattr(text, "num_experts_per_tok", None)
+    def size(module) -> float:
         matrices = [p for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
-        return sum(p[0].numel() * chosen if p.ndim == 3 and chosen else p.numel() for p in matrices)
+        return sum(p[0].numel() * visited if p.ndim == 3 and visited else p.numel() for p in matrices)
 
     total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for i, layer in enumerate(model.get_decoder().layers):
         total += 2.0 * tokens * size(layer)
-        if (attention := getattr(layer, "self_attn", None)) is not None:
-            inside = size(attention.attention if isinstance(attention, MindSkip) else attention)
+        if getattr(layer, "self_attn", None) is not None:
+            matrices = 2.0 * tokens * size(layer.self_attn)
             scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
-            total += keep.get(i, 1.0) * (2.0 * tokens * inside + scores) - 2.0 * tokens * inside
+            total += keep.get(i, 1.0) * (matrices + scores) - matrices
     return total
-
-
-# ---------------------------------------------------------------------------------------------
-# Time and memory
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def prefill(model, prompts: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
     """The prompt pass (B, T): the filled cache, and the first new token (B, 1)."""
-    output = model(prompts, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    cache = DynamicCache(config=model.config)
+    output = model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.past_key_values, output.logits[:, -1:].argmax(-1)
 
 
@@ -305,46 +215,44 @@ def decode(model, cache: DynamicCache, token: torch.Tensor, steps: int) -> torch
     return token
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    return sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if getattr(layer, "is_initialized", False)
-    )
+def clock(device: torch.device) -> float:
+    """Milliseconds, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return 1e3 * time.perf_counter()
 
 
 @torch.no_grad()
-def measure(model, rows: list[Row], prompts: torch.Tensor, new_tokens: int, repeats: int, progress) -> dict[str, dict]:
-    """Time the rows in turn, in an order that rotates, after one warm-up: each repeat gives one ratio to dense."""
-    times = {row.name: {"prefill": [], "decode": []} for row in rows}
-    results = {row.name: {} for row in rows}
-    for repeat in range(-1, repeats):
-        for row in rows[repeat % len(rows) :] + rows[: repeat % len(rows)]:
-            with row.using(model, len(prompts)):
-                synchronize(model.device)
-                start = time.perf_counter()
+def measure(rows: dict, prompts: torch.Tensor, new_tokens: int, repeats: int) -> dict[str, dict]:
+    """Time rows, {name: function that gives a context with the model}, in turn, after one warm-up.
+
+    The order rotates, so that each repeat gives a ratio to dense, the first row, on the same machine's state.
+    """
+    names, results = list(rows), {name: {"prefill": [], "decode": []} for name in rows}
+    for repeat in tqdm(range(-1, repeats), "timing", leave=False, disable=None):
+        for name in names[repeat % len(rows) :] + names[: repeat % len(rows)]:
+            with rows[name]() as model:
+                start = clock(prompts.device)
                 cache, token = prefill(model, prompts)
-                synchronize(model.device)
-                between = time.perf_counter()
+                between = clock(prompts.device)
                 decode(model, cache, token, new_tokens)
-                synchronize(model.device)
-                end = time.perf_counter()
-                if repeat < 0:
-                    gates = {skip.layer: skip.gate for skip in routed(model)}
-                    results[row.name].update(kv_bytes=cache_bytes(cache), gates=gates)
-                    results[row.name]["peak_bytes"] = peak_bytes(model, prompts, new_tokens)
-                else:
-                    times[row.name]["prefill"].append(1e3 * (between - start))
-                    times[row.name]["decode"].append(1e3 * (end - between) / new_tokens)
-        progress(repeat + 2, repeats + 1)
-    for name, phases in times.items():
-        for phase, values in phases.items():
-            ratios = [base / value for base, value in zip(times[rows[0].name][phase], values)]
-            low, middle, high = statistics.quantiles(values, n=4)
-            results[name][phase] = {
-                "median_ms": middle,
-                "q1_ms": low,
-                "q3_ms": high,
-                "speedup": statistics.median(ratios),
-            }
+                end = clock(prompts.device)
+                if repeat >= 0:
+                    results[name]["prefill"].append(between - start)
+                    results[name]["decode"].append((end - between) / new_tokens)
+                    continue
+                held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
+                results[name]["kv_kib"] = sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
+                results[name]["peak_mib"] = peak_bytes(model, prompts, new_tokens) / 2**20
+                routed = [router.layer for router in mindskip.routers(model)]
+                kept = last_gates(model).mean(1).tolist() if routed else []
+                results[name]["kept"] = dict(zip(routed, kept))
+    first = dict(results[names[0]])
+    for row in results.values():
+        for phase in ("prefill", "decode"):
+            q1, median, q3 = statistics.quantiles(row[phase], n=4, method="inclusive")
+            speedup = statistics.median(base / value for base, value in zip(first[phase], row[phase]))
+            row[phase] = {"median": median, "q1": q1, "q3": q3, "speedup": speedup}
     return results
 
 
@@ -367,7 +275,7 @@ class Watch(TorchDispatchMode):
     def _note(self, where: dict, tree) -> None:
         for storage in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)):
             if storage._cdata not in self.given and storage._cdata not in self.made:
-                where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # which keeps the address taken
+                where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # keeps the address taken
 
 
 def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
@@ -383,387 +291,267 @@ def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
-    """(count, length) token ids: prompts of one task after another, repeated until they are long enough."""
-    by_task = {}
-    for example in examples:
-        by_task.setdefault(example["task"], []).append(example["ids"])
-    rows = []
-    for i in range(count):
-        own = by_task[list(by_task)[i % len(by_task)]]
-        tokens = list(itertools.islice(itertools.chain.from_iterable(itertools.cycle(own[i:] + own[:i])), length))
-        rows.append(tokens)
+    """(count, length) token ids: each row repeats examples of one task, one task after another."""
+    by_task, rows = {}, []
+    for one in examples:
+        by_task.setdefault(one["task"], []).append(one["ids"])
+    for i, texts in zip(range(count), itertools.cycle(by_task.values())):
+        tokens = itertools.chain.from_iterable(itertools.cycle(texts[i:] + texts[:i]))
+        rows.append(list(itertools.islice(tokens, length)))
     return torch.tensor(rows)
 
 
-# ---------------------------------------------------------------------------------------------
-# Standard benchmarks, through lm-evaluation-harness (extra `tasks`)
+@contextmanager
+def multiplied(model, gates: dict[int, torch.Tensor]):
+    """The model without routers, its attention computed and then multiplied by the gates (B,)."""
+
+    def multiply(gate):
+        return lambda module, args, output: (output[0] * gate.view(-1, 1, 1).to(output[0].dtype), *output[1:])
+
+    layers = model.get_decoder().layers
+    handles = [layers[i].self_attn.register_forward_hook(multiply(gate)) for i, gate in gates.items()]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def compare_cost(model, path, closed: tuple, keep: float, prompts: torch.Tensor, args) -> dict[str, dict]:
+    """Time and count rows. A static drop costs the same whichever layers it closes."""
+    tensors = [*remove_mindskip(model).parameters(), *model.buffers()]
+    dense = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the same weights twice
+    layers = [router.layer for router in mindskip.routers(load_routers(model, path))]
+    prefill(model, prompts)
+    gates, generator = dict(zip(layers, last_gates(model))), torch.Generator().manual_seed(args.seed)
+    drawn = {i: torch.rand(len(prompts), generator=generator) < keep for i in layers}
+    rows = {
+        "dense": lambda: nullcontext(dense),
+        "mindskip": lambda: nullcontext(model),
+        "static": lambda: fix_gates(model, {i: k >= len(closed) for k, i in enumerate(layers)}),
+        "random": lambda: fix_gates(model, drawn),
+        "multiply": lambda: multiplied(dense, gates),
+    }
+    cost = measure(rows, prompts, args.new_tokens, args.repeats)
+    length = args.prompt_length
+    for row in cost.values():
+        row["keep"] = statistics.mean(row["kept"].values()) if row["kept"] else 1.0
+        row["prefill_gflop"] = forward_flops(model, length, length, row["kept"]) / 1e9
+        row["decode_mflop"] = forward_flops(model, 1, length + args.new_tokens, row["kept"]) / 1e6
+    return cost
+
+
+# ---- Standard benchmarks, through lm-evaluation-harness (extra `tasks`)
 
 # Shots of the authors' benchmark script, github.com/CASE-Lab-UMD/LLM-Drop; 0 for tasks that are not named.
 FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
 
 
-def import_harness():
-    try:
-        import lm_eval.tasks
-    except ImportError as error:
-        raise ValueError("--tasks needs lm-evaluation-harness: pip install -e '.[tasks]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return lm_eval
-
-
 def load_tasks(names: list[str], include_path: str | None):
     """The harness's task manager. ValueError if a task is unknown, or asks for more than to score answers."""
-    manager = import_harness().tasks.TaskManager(include_path=include_path)
-    known = manager.all_subtasks + manager.all_groups
-    if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known)
-        raise ValueError(f"--tasks {unknown[0]}: no task or group of lm-evaluation-harness; close are {close}")
+    with naming("--tasks needs the extra `tasks`: pip install -e '.[tasks]'"):
+        from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=include_path)
     for name in names:  # their data, too, before the model's weights
         with naming(f"--tasks {name}"):
-            loaded = manager.load([name])
-        for task in loaded["tasks"].values():
-            if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
-                raise ValueError(f"--tasks {name}: {task.OUTPUT_TYPE} is not supported, only choices and likelihoods")
-        if name in loaded["groups"] and not loaded["groups"][name].aggregate_metric_list:
-            raise ValueError(f"--tasks {name}: a group without a metric of its own; name its tasks")
+            found = manager.load([name])
+            kinds = {task.OUTPUT_TYPE for task in found["tasks"].values()}
+            if not kinds <= {"loglikelihood", "multiple_choice"}:
+                raise ValueError(f"{kinds} is not supported, only choices and likelihoods")
+            if name in found["groups"] and not found["groups"][name].aggregate_metric_list:
+                raise ValueError("a group without a metric of its own; name its tasks")
     return manager
 
 
-def harness_adapter(model, tokenizer, batch_size: int, label: str):
-    """A model of the harness that scores by `score_answers`: routers see the context, not padding or the answers."""
-    from lm_eval.api.model import TemplateLM
+def harness_adapter(model, tokenizer, gates: dict, batch_size: int):
+    """The harness's Hugging Face class, but scoring by `score_all`: padding and answers don't vote."""
+    from lm_eval.models.huggingface import HFLM
 
-    class Adapter(TemplateLM):
-        def __init__(self):
-            super().__init__()
-            self.tokenizer, self.gates = tokenizer, []
-            self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)
-
-        eot_token_id = property(lambda self: tokenizer.eos_token_id)
-        prefix_token_id = property(
-            lambda self: tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        )
-
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            if add_special_tokens is None:  # a text may bring its BOS along
-                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
-            return tokenizer.encode(string, add_special_tokens=add_special_tokens)
-
+    class Adapter(HFLM):
         def _loglikelihood_tokens(self, requests, **kwargs):
             examples = []
             for _, context, answer in requests:
-                if len(answer) > self.max_length:
-                    raise ValueError(
-                        f"an answer of {len(answer)} tokens, where the model has {self.max_length} positions"
-                    )
                 ids = (context + answer)[-(self.max_length + 1) :]  # the last token is never fed, only scored
-                examples.append({"ids": ids, "labels": [-100] * (len(ids) - len(answer)) + answer})
-            scores = score_answers(model, examples, batch_size=batch_size, progress=show_progress(label))
-            self.gates.append(scores["gates"])
-            return list(zip((-scores["loss"]).tolist(), scores["correct"].tolist()))
+                if len(ids) <= len(answer):
+                    raise ValueError(f"an answer of {len(answer)} tokens, in a model of {self.max_length}")
+                examples.append({"ids": ids, "prompt": len(ids) - len(answer)})
+            scores = score_all(model, examples, gates, batch_size)
+            self.kept.append(scores["gates"])
+            return list(zip((-scores["nats"]).tolist(), scores["correct"].tolist()))
 
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            raise NotImplementedError("there is no context that could vote")
-
-        def generate_until(self, requests, disable_tqdm=False):
-            raise NotImplementedError("generated answers: use model.generate")
-
-    return Adapter()
+    adapter = Adapter(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    adapter.kept = []
+    return adapter
 
 
-def run_tasks(model, tokenizer, row: Row, names: list[str], manager, batch_size: int, fewshot: int | None = None,
-              limit: int | None = None) -> dict:  # fmt: skip
-    """{tasks: {name: {metric, value, standard_error, shots}}, average, keep}; percent. Normalised accuracy, if any."""
-    results, gates = {}, []
+def run_tasks(model, tokenizer, gates: dict, routed: int, names: list[str], manager, args) -> dict:
+    """{tasks: {name: {metric, shots, value, error}}, average, keep}; percent, normalised if it can be."""
+    from lm_eval import simple_evaluate
+
+    results, adapter = {}, harness_adapter(model, tokenizer, gates, args.micro_batch_size)
+    options = {"limit": args.task_limit, "task_manager": manager, "log_samples": False}
     for name in names:
-        shots = FEWSHOT.get(name, 0) if fewshot is None else fewshot
-        with row.using(model, batch_size):
-            adapter = harness_adapter(model, tokenizer, batch_size, f"{name}, {row.name}")
-            results_of = import_harness().simple_evaluate(adapter, tasks=[name], num_fewshot=shots, limit=limit,
-                                                          task_manager=manager, log_samples=False)  # fmt: skip
-        found = results_of["results"][name]
-        metric = next(key for key in ("acc_norm,none", "acc,none", *found) if isinstance(found.get(key), float))
+        shots = FEWSHOT.get(name, 0) if args.num_fewshot is None else args.num_fewshot
+        found = simple_evaluate(adapter, tasks=[name], num_fewshot=shots, **options)["results"][name]
+        choice = ("acc_norm,none", "acc,none", *found)
+        metric = next(key for key in choice if isinstance(found.get(key), float))
         error = found.get(metric.replace(",", "_stderr,"))
-        results[name] = {"metric": metric.split(",")[0], "shots": shots, "value": 100 * found[metric],
-                         "standard_error": 100 * error if isinstance(error, float) else None}  # fmt: skip
-        gates += adapter.gates
-    gates = torch.cat(gates)
-    average = statistics.mean(result["value"] for result in results.values())
-    return {"tasks": results, "average": average, "keep": gates.mean().item() if gates.numel() else 1.0}
+        results[name] = {"metric": metric.split(",")[0], "shots": shots, "value": 100 * found[metric]}
+        results[name]["error"] = 100 * error if isinstance(error, float) else math.nan
+    average = statistics.mean(one["value"] for one in results.values())
+    keep = 1 - (1 - torch.cat(adapter.kept)).sum(1).mean().item() / routed
+    return {"tasks": results, "by_task": list(results.values()), "average": average, "keep": keep}
 
 
-def compare_tasks(model, tokenizer, config: MindSkipConfig, ours: Row, train: list[dict], names: list[str], manager,
-                  args) -> dict:  # fmt: skip
-    """Dense, MindSkip, and attention removed from as many layers, chosen by similarity on training data."""
-    run = partial(run_tasks, model, tokenizer, names=names, manager=manager, batch_size=args.micro_batch_size,
-                  fewshot=args.num_fewshot, limit=args.task_limit)  # fmt: skip
-    results = {"dense": run(dense()), "mindskip": run(ours)}
-    skipped = round((1 - results["mindskip"]["keep"]) * len(config.layers))
-    closed = tuple(sorted(similarity_order(model, train, args.micro_batch_size)[:skipped]))
-    results["static"] = {**run(static("static", closed)), "keep": 1 - skipped / len(config.layers), "closed": closed}
-    return results
+def compare_tasks(model, tokenizer, layers, ours: dict, train: list[dict], names, manager, args) -> dict:
+    """Dense, MindSkip, and attention closed in as many layers, chosen by similarity on training data."""
+    every, rows = dict.fromkeys([*layers, *ours], True), {}
+    for name, gates in (("dense", every), ("mindskip", ours)):
+        rows[name] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
+    closed = most_redundant(model, every, train, round((1 - rows["mindskip"]["keep"]) * len(layers)), args)
+    gates = every | dict.fromkeys(closed, False)
+    rows["static"] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
+    return rows | {"static": rows["static"] | {"closed": closed}}
 
 
-def tasks_table(results: dict) -> str:
-    heads = [f"{name} {at['metric']}, {at['shots']}-shot" for name, at in results["dense"]["tasks"].items()]
-    lines = []
-    for name, row in results.items():
-        errors = [at["standard_error"] for at in row["tasks"].values()]
-        cells = [f"{at['value']:.1f} +-{math.nan if error is None else error:.1f}"
-                 for at, error in zip(row["tasks"].values(), errors)]  # fmt: skip
-        lines.append([name, *cells, f"{row['average']:.2f}", f"{row['keep']:.3f}"])
-    return table(["%", *heads, "average", "keep"], lines)
+# ---- Showing
+
+# fmt: off
+QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
+           "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}",
+           "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
+COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
+        "prefill ms": "{prefill[median]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
+        "x": "{prefill[speedup]:.2f}",
+        "decode ms": "{decode[median]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
+        "x ": "{decode[speedup]:.2f}", "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
+# fmt: on
 
 
-# ---------------------------------------------------------------------------------------------
-# Showing
+def table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """Aligned text. A column is a heading, and a format of a row's results that gives the cell."""
+    lines = [[title, *columns]]
+    lines += [[name, *(cell.format(**row) for cell in columns.values())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in aligned)
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """Aligned columns; the first to the left, the rest to the right."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in [header, *lines]
-    )
-
-
-def quality_table(quality: dict[str, dict]) -> str:
-    tasks = list(quality["dense"]["accuracy"])
-    lines = []
-    for name, row in quality.items():
-        change = f"{row['average'] - quality['dense']['average']:+.2f} +-{row['paired_standard_error']:.2f}"
-        lines.append([name, *(f"{row['accuracy'][task]:.1f}" for task in tasks), f"{row['average']:.2f}",
-                      f"{row['standard_error']:.2f}", "" if name == "dense" else change, f"{row['loss']:.4f}",
-                      f"{row['keep']:.3f}"])  # fmt: skip
-    return table(["accuracy %", *tasks, "average", "+-", "to dense", "loss", "keep"], lines)
-
-
-def cost_table(cost: dict[str, dict]) -> str:
-    lines = []
-    for name, row in cost.items():
-        timing = []
-        for phase in ("prefill", "decode"):
-            at = row[phase]
-            timing += [f"{at['median_ms']:.2f} [{at['q1_ms']:.2f} {at['q3_ms']:.2f}]", f"{at['speedup']:.2f}"]
-        counted = [f"{row['keep']:.2f}", f"{row['prefill_gflops']:.3f}", f"{row['decode_mflops']:.3f}"]
-        memory = [f"{row['kv_bytes'] / 1024:,.0f}", f"{row['peak_bytes'] / 2**20:.1f}"]
-        lines.append([name, *counted, *timing, *memory])
-    counted, timing = ["keep", "GFLOP prefill", "MFLOP decode"], ["prefill ms", "x", "decode ms", "x"]
-    return table(["cost", *counted, *timing, "KV KiB", "peak MiB"], lines)
-
-
-def keep_table(gates: torch.Tensor, tasks: list[str], layers: tuple[int, ...]) -> tuple[str, dict]:
-    names = list(dict.fromkeys(tasks))
-    means = {name: gates[torch.tensor([task == name for task in tasks])].mean(0).tolist() for name in names}
-    lines = [[name, *(f"{value:.2f}" for value in row), f"{sum(row) / len(row):.2f}"] for name, row in means.items()]
-    return table(["keep ratio", *(f"layer {i}" for i in layers), "all"], lines), means
-
-
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install -e '.[plot]'") from error
-    matplotlib.use("Agg")
+def plot(results: dict, path: Path) -> None:
+    """What a gate does, and which task opens which layer."""
     from matplotlib import pyplot
 
-    return pyplot
-
-
-def plot(results: dict, folder: Path) -> Path:
-    """Two panels: keep ratio by task and layer; average accuracy of every row."""
-    pyplot = import_pyplot()
-    keep, layers = results["keep_by_task_and_layer"], results["config"]["layers"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    image = left.imshow(list(keep.values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    left.set(title="Keep ratio by task and layer", xlabel="layer", xticks=range(len(layers)), xticklabels=layers,
-             yticks=range(len(keep)), yticklabels=list(keep))  # fmt: skip
+    keep, layers = results["keep_by_task"], results["config"]["layers"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=[3, 2])
+    boxes = {  # place: text
+        (0.5, 1.0): "prompt, after layer norm:  $x_1 \\ldots x_T$",
+        (0.5, 0.77): "router:  $r = \\overline{x} \\cdot w$,   score  $s = \\sigma(r)$",
+        (0.5, 0.53): "gate, once for each prompt and layer:  $s \\geq \\tau$ ?",
+        (0.22, 0.25): "open:  attention runs,\nits keys and values are cached",
+        (0.78, 0.25): "closed:  attention is not called,\nnothing is cached",
+        (0.5, -0.04): "residual stream, then the MLP",
+    }
+    for place, text in boxes.items():
+        look = {"boxstyle": "round,pad=0.5", "facecolor": "#dbe9f6", "edgecolor": "#2171b5"}
+        left.text(*place, text, ha="center", va="center", bbox=look, fontsize=10)
+    for start, end in ((0, 1), (1, 2), (2, 3), (2, 4), (3, 5), (4, 5)):
+        (x, y), (to_x, to_y) = [*boxes][start], [*boxes][end]
+        arrow = {"arrowstyle": "->", "color": "#2171b5"}
+        left.annotate("", (to_x, to_y + 0.075), (x, y - 0.075), arrowprops=arrow)
+    left.set(title="What a gate does", xlim=(-0.1, 1.1), ylim=(-0.12, 1.12))
+    left.axis("off")
+    right.imshow(list(keep.values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    right.set(title="How often each task opens each gate", xticks=range(len(layers)), yticks=range(len(keep)))
+    right.set(xticklabels=[f"layer {i}" for i in layers], yticklabels=list(keep))
     for y, row in enumerate(keep.values()):
         for x, value in enumerate(row):
-            left.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
-    figure.colorbar(image, ax=left)
-    quality = results["quality"]
-    right.barh(list(quality), [row["average"] for row in quality.values()],
-               xerr=[2 * row["standard_error"] for row in quality.values()], color="steelblue")  # fmt: skip
-    right.invert_yaxis()
-    right.set(title="Average accuracy, with two standard errors", xlabel="%", xlim=(0, 100))
-    path = folder / "results.png"
-    figure.savefig(path, dpi=120)
-    return path
+            color = "white" if value > 0.6 else "black"
+            right.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
+    figure.savefig(path, dpi=150)
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
+# ---- The command
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser("evaluate.py", "Measure a tuned model against the dense one.")
-    what = add_input_arguments(parser, "test")
-    what.add_argument("--calibration-split", default="train", help="split that chooses static layers")
-    what.add_argument("--routers", default="runs/demo/routers.safetensors", help="folder or file of tune.py, or Hub id")
-    what.add_argument("--output", help="folder for results; None: beside the routers, or runs/NAME for a Hub id")
-    quality = parser.add_argument_group("quality")
-    quality.add_argument("--micro-batch-size", type=int, default=256, help="examples scored at a time")
-    quality.add_argument("--draws", type=int, default=3, help="draws of random gates")
-    quality.add_argument("--seed", type=int, default=0, help="of the random gates")
-    cost = parser.add_argument_group("cost")
-    cost.add_argument("--prompt-length", type=int, default=512, help="tokens in each prompt of the timing")
-    cost.add_argument("--new-tokens", type=int, default=16, help="decode passes for each prompt")
-    cost.add_argument("--batch-size", type=int, default=8, help="prompts at a time in the timing")
-    cost.add_argument("--repeats", type=int, default=10, help="timed repeats of every row, at least 2")
-    cost.add_argument("--plot", action="store_true", help="figures, too; needs the extra `plot`")
-    tasks = parser.add_argument_group("standard benchmarks, in place of the above; needs the extra `tasks`")
-    tasks.add_argument("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
-    tasks.add_argument("--num-fewshot", type=int, help=f"shots; None: {FEWSHOT}, else 0")
-    tasks.add_argument("--task-limit", type=int, help="questions of each task; None: all")
-    tasks.add_argument("--include-path", help="folder with task definitions of your own")
-    return parser, parser.parse_args(argv)
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser("Measure a tuned model against the dense one.", split="test")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--routers", default="runs/demo", help="folder or file of tune.py, or Hub id")
+    add("--output", help="folder for results; None: beside the routers, or runs/NAME for a Hub id")
+    add("--calibration-split", default="train", help="split that chooses static layers")
+    add("--micro-batch-size", type=number(int, 1), default=256, help="examples scored at a time")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the random gates")
+    add("--plot", action="store_true", help="a figure, too; needs the extra `plot`")
+    add = parser.add_argument_group("cost").add_argument
+    add("--prompt-length", type=number(int, 1), default=512, help="tokens in each timed prompt")
+    add("--new-tokens", type=number(int, 1), default=16, help="decode passes after each prompt")
+    add("--batch-size", type=number(int, 1), default=8, help="timed prompts at a time")
+    add("--repeats", type=number(int, 2), default=10, help="timed repeats of every row")
+    add = parser.add_argument_group("standard benchmarks, instead; needs the extra `tasks`").add_argument
+    add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
+    add("--num-fewshot", type=number(int, 0, 1000), help=f"shots; None: {FEWSHOT}, else 0")
+    add("--task-limit", type=number(int, 1), help="questions of each task; None: all")
+    add("--include-path", help="folder with task definitions of your own")
+    return parser.parse_args(argv)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """What can be wrong by itself, with no file opened."""
-    count = (1, 10**9)
-    check_bounds(args, prompt_length=count, new_tokens=count, batch_size=count, micro_batch_size=count, draws=count,
-                 repeats=(2, 10**9), max_samples=count, max_length=(2, 10**9), num_fewshot=(0, 10**3),
-                 task_limit=count, seed=(0, 2**31 - 1))  # fmt: skip
-    if args.plot:
-        import_pyplot()
-    if args.include_path and not Path(args.include_path).is_dir():
-        raise ValueError(f"--include-path {args.include_path}: no such folder")
-
-
-def find_routers(name: str) -> str:
-    """The file that --routers means, fetched if it is a Hub id."""
-    path = Path(name, "routers.safetensors") if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        return str(path)
-    if path.suffix == ".safetensors" or name.count("/") != 1:
-        raise ValueError(f"--routers {name}: no such file, and not a Hub id (owner/name); run tune.py first")
-    with naming(f"--routers {name}"):
-        return hf_hub_download(name, "routers.safetensors")
-
-
-def compare_quality(model, config: MindSkipConfig, ours: Row, train: list[dict], test: list[dict], args):
-    """Score every row on `test`; `train` chooses static layers. Returns (summaries, static layers, our gates)."""
-    tasks = [example["task"] for example in test]
-    scored = partial(score_answers, model, batch_size=args.micro_batch_size)
-    reference, scores = scored(test), scored(test, ours)
-    keep = scores["gates"].mean().item()
-    skipped = round((1 - keep) * len(config.layers))
-    often_closed = scored(train, ours)["gates"].mean(0).argsort()[:skipped].tolist()
-    chosen = {
-        "similarity": tuple(sorted(similarity_order(model, train, args.micro_batch_size)[:skipped])),
-        "router": tuple(sorted(config.layers[i] for i in often_closed)),
-    }
-    subsets = {chosen["similarity"], chosen["router"]}
-    candidates = attention_layers(model)[1:]
-    if is_searched := math.comb(len(candidates), skipped) <= SUBSETS:
-        subsets |= set(itertools.combinations(candidates, skipped))
-    static_scores, progress = {}, show_progress("static subsets")
-    for i, closed in enumerate(sorted(subsets)):
-        static_scores[closed] = summarize(scored(test, static("", closed)), reference, tasks)
-        static_scores[closed]["keep"] = 1 - skipped / len(config.layers)
-        progress(i + 1, len(subsets))
-    if is_searched:
-        chosen["best"] = max(static_scores, key=lambda closed: static_scores[closed]["average"])
-
-    quality = {"dense": summarize(reference, reference, tasks), "mindskip": summarize(scores, reference, tasks)}
-    for name in ("similarity", "best", "router"):
-        if name in chosen:
-            quality[f"static, {name}"] = static_scores[chosen[name]]
-    drawn = [scored(test, random_gates(config, keep, args.seed + i)) for i in range(args.draws)]
-    quality["random"] = mean_of([summarize(one, reference, tasks) for one in drawn])
-    return quality, chosen, scores["gates"]
-
-
-def compare_cost(
-    model, config: MindSkipConfig, ours: Row, closed: tuple, prompts: torch.Tensor, args
-) -> dict[str, dict]:
-    """Time and count the rows that differ in cost: a static drop costs the same whichever layers it closes."""
-    with torch.no_grad(), ours.using(model, len(prompts)):
-        prefill(model, prompts)
-        gates = {skip.layer: skip.gate for skip in routed(model)}
-    keep = statistics.mean(gate.mean().item() for gate in gates.values())
-    rows = [dense(), ours, static("static", closed), random_gates(config, keep, args.seed), multiply(gates)]
-    cost = measure(model, rows, prompts, args.new_tokens, args.repeats, show_progress("timing"))
-    for row in cost.values():
-        fractions = {layer: gate.mean().item() for layer, gate in row.pop("gates").items()}
-        row["keep"] = 1 - sum(1 - fraction for fraction in fractions.values()) / len(config.layers)
-        row["prefill_gflops"] = forward_flops(model, args.prompt_length, args.prompt_length, fractions) / 1e9
-        row["decode_mflops"] = forward_flops(model, 1, args.prompt_length + args.new_tokens, fractions) / 1e6
-    return cost
-
-
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_arguments(argv)
-    quiet(args)
-    with parser.refuse_bad_input():  # the cheap checks first, the weights last
-        check_arguments(args)
-        path = find_routers(args.routers)
-        described, _ = read_routers(path)
-        is_local = Path(args.routers).exists()
-        folder = Path(args.output or (Path(path).parent if is_local else f"runs/{args.routers.split('/')[1]}"))
-        check_folder(folder, overwrite=True)
-        names = args.tasks.split(",") if args.tasks else []
-        manager = load_tasks(names, args.include_path) if names else None
-        tokenizer = load_tokenizer(args)
-        train, _ = examples_of(args, args.calibration_split, tokenizer)
-        train = subset(train, CALIBRATION, args.seed)
-        test, told = ([], f"{len(names)} tasks") if names else examples_of(args, args.split, tokenizer)
-        model = model_of(args)
-        check_vocabulary(model, train + test)
-        config = routed(load_routers(model, path))[0].config
-        folder.mkdir(parents=True, exist_ok=True)
-        print(describe(model, args.seed))
-        remove_mindskip(model)
-    print(f"layers {config.layers} capacity {config.capacity} threshold {config.threshold:.4f} | {told}")
-    if "step" in described["about"]:
-        print(f"UNFINISHED: these are the routers of step {described['about']['step']}, not calibrated; resume tune.py")
-    ours = mindskip(path)
-    results = {"config": vars(config), "arguments": vars(args), "versions": versions()}
-
-    if names:
-        with parser.stop_cleanly("start again"), parser.refuse_bad_input():
-            results["tasks"] = compare_tasks(model, tokenizer, config, ours, train, names, manager, args)
-            write_results(results, folder / "tasks.json")
-        print(f"\n{tasks_table(results['tasks'])}\nstatic closes {list(results['tasks']['static']['closed'])}")
-        return print(folder / "tasks.json")
-
-    with parser.stop_cleanly("start again"):
-        quality, chosen, gates = compare_quality(model, config, ours, train, test, args)
-        text, keep_by_task = keep_table(gates, [example["task"] for example in test], config.layers)
-        closes = ", ".join(f"{name} closes {list(layers)}" for name, layers in chosen.items())
-        closes += "" if "best" in chosen else "; best: not searched, too many subsets"
-        print(f"\n{quality_table(quality)}\nstatic: {closes}\n\n{text}\n")
-
-        prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
-        cost = compare_cost(model, config, ours, chosen["similarity"], prompts, args)
-        print(cost_table(cost))
-        print(f"{args.batch_size} prompts of {args.prompt_length} tokens at a time, {args.new_tokens} new tokens;"
-              f" median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")  # fmt: skip
-
-        results |= {"quality": quality, "keep_by_task_and_layer": keep_by_task, "cost": cost, "static_layers": chosen}
-        write_results(results, folder / "results.json")
-    print(folder / "results.json")
+    args = parse_arguments(argv)  # what is cheap to check comes first, the weights last
     if args.plot:
-        print(plot(results, folder))
+        with naming("--plot needs the extra `plot`: pip install -e '.[plot]'"):
+            import matplotlib
 
-
-def write_results(results: dict, path: Path) -> None:
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(json.dumps(results, indent=2) + "\n")
-    partial_path.replace(path)
-
-
-def mean_of(rows: list[dict]) -> dict:
-    """The mean of several summaries, field by field; their standard errors too."""
-    first = rows[0]
-    if isinstance(first, dict):
-        return {key: mean_of([row[key] for row in rows]) for key in first}
-    return sum(rows) / len(rows)
+            matplotlib.use("Agg")
+    path, names = Path(args.routers), args.tasks.split(",") if args.tasks else []
+    if not path.exists() and (args.routers.count("/") != 1 or path.suffix == ".safetensors"):
+        raise ValueError(f"--routers {path}: no such file, and not a Hub id (owner/name); run tune.py first")
+    with naming(f"--routers {path}"):
+        described, _ = mindskip.read_routers(path)
+    config, step = described["config"], described["about"].get("step")
+    manager = load_tasks(names, args.include_path) if names else None
+    tokenizer = from_pretrained(AutoTokenizer, args)
+    train, _ = load_examples(args, args.calibration_split, tokenizer)
+    train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
+    test, told = ([], f"{len(names)} tasks") if names else load_examples(args, args.split, tokenizer)
+    model = load_model(args, train + test)
+    layers, ours = attach(model, path)
+    beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
+    folder = Path(args.output or beside)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(describe(model, args))
+    print(f"layers {layers} | capacity {config.capacity} | threshold {config.threshold:.4f} | {told}")
+    if step is not None:
+        print(f"UNFINISHED: these are the routers of step {step}, not calibrated; run tune.py --resume")
+    results = {"config": vars(config), "arguments": vars(args)}
+    if names:
+        rows = compare_tasks(model, tokenizer, layers, ours, train, names, manager, args)
+        mindskip.write(json.dumps(results | {"tasks": rows}, indent=2).encode(), folder / "tasks.json")
+        columns = {}
+        for k, (name, at) in enumerate(rows["dense"]["tasks"].items()):
+            cell = f"{{by_task[{k}][value]:.1f}} +-{{by_task[{k}][error]:.1f}}"
+            columns[f"{name} {at['metric']}, {at['shots']}-shot"] = cell
+        print(table("%", rows, columns | {"average": "{average:.2f}", "keep": "{keep:.3f}"}))
+        return print(f"static closes {rows['static']['closed']}")
+    quality, chosen, gates = compare_quality(model, layers, ours, train, test, args)
+    tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(quality["dense"]["accuracy"])}
+    print("\n" + table("accuracy %", quality, tasks | QUALITY))
+    print("static closes: " + ", ".join(f"{name} {list(closed)}" for name, closed in chosen.items()) + "\n")
+    is_task = {name: torch.tensor([one["task"] == name for one in test]) for name in tasks}
+    keep = {name: gates[chosen].mean(0).tolist() for name, chosen in is_task.items()}
+    by_layer = {f"layer {i}": f"{{layers[{k}]:.2f}}" for k, i in enumerate(layers)} | {"all": "{all:.2f}"}
+    rows = {name: {"layers": row, "all": statistics.mean(row)} for name, row in keep.items()}
+    print(table("keep ratio", rows, by_layer) + "\n")
+    prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
+    cost = compare_cost(model, path, chosen["similarity"], quality["mindskip"]["keep"], prompts, args)
+    results |= {"quality": quality, "static_layers": chosen, "keep_by_task": keep, "cost": cost}
+    mindskip.write(json.dumps(results, indent=2).encode(), folder / "results.json")
+    print(table("cost", cost, COST))
+    print(f"{args.batch_size} prompts of {args.prompt_length} tokens, {args.new_tokens} new tokens; ", end="")
+    print(f"median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")
+    if args.plot:
+        plot(results, folder / "results.png")
 
 
 if __name__ == "__main__":

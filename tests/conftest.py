@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mindskip import MindSkipConfig, add_mindskip, routed
+from mindskip import MindSkipConfig, add_mindskip, routers
 
 LAYERS, VOCABULARY, WIDTH = 6, 64, 64
 ROUTED = (2, 3, 4)
@@ -58,8 +58,8 @@ def build_routed(family: str = "llama", decided: bool = True, **changes) -> torc
     model = add_mindskip(build(family, **changes), MindSkipConfig(ROUTED))
     if decided:
         torch.manual_seed(1)
-        for skip in routed(model):
-            skip.router.weight.data.copy_(4.0 * torch.randn(WIDTH))
+        for router in routers(model):
+            router.weight.data.copy_(4.0 * torch.randn(WIDTH))
     return model
 
 

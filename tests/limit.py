@@ -2,7 +2,8 @@
 
     python tests/limit.py      # one thread, a few minutes
 
-On a random Llama of width 512 and 8 layers. A share of 1 means that a closed gate costs nothing at all.
+On a random Llama of width 512 and 8 layers. A share of 1 means that a closed gate costs nothing at all. Then what a
+step of tune.py takes, with either estimator, in forward passes of the dense model over the same sequences.
 """
 
 import argparse
@@ -10,17 +11,19 @@ import copy
 import statistics
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import Row, Watch, decode, dense, prefill, static, table  # noqa: E402
-from mindskip import MindSkipConfig, add_mindskip, capacity_loss, router_parameters  # noqa: E402
-from tune import show_progress  # noqa: E402
+import tune  # noqa: E402
+from evaluate import Watch, decode, prefill, table  # noqa: E402
+from mindskip import MindSkipConfig, add_mindskip, fix_gates  # noqa: E402
 
 
 class WithoutAttention(torch.nn.Module):
@@ -38,32 +41,30 @@ def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
                          num_key_value_heads=8, vocab_size=2048)  # fmt: skip
-    return LlamaForCausalLM(config).eval(), (3, 4, 5, 6)
+    return LlamaForCausalLM(config).eval().requires_grad_(False), (3, 4, 5, 6)
 
 
-def limit_rows(layers: tuple[int, ...]) -> list[Row]:
-    @contextmanager
-    def removed(model, batch):
-        decoder = model.get_decoder()
-        whole = decoder.layers
-        decoder.layers = torch.nn.ModuleList(WithoutAttention(m) if i in layers else m for i, m in enumerate(whole))
-        yield
-        decoder.layers = whole
-
-    return [dense(), static("closed", layers), Row("removed", removed)]
+def three_models(stack: ExitStack) -> list[torch.nn.Module]:
+    """Dense, all routed gates closed, and attention with its norm removed."""
+    dense, layers = limit_model()
+    closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers))
+    stack.enter_context(fix_gates(closed, dict.fromkeys(layers, False)))
+    removed = copy.deepcopy(dense)
+    for i in layers:
+        removed.model.layers[i] = WithoutAttention(removed.model.layers[i])
+    return [dense, closed, removed]
 
 
 @torch.no_grad()
 def operations_share() -> float:
     """(dense - closed) / (dense - removed), by operations dispatched in one decode step."""
-    model, layers = limit_model()
     counts = []
-    for row in limit_rows(layers):
-        with row.using(model, 1):
+    with ExitStack() as stack:
+        for model in three_models(stack):
             cache, token = prefill(model, torch.arange(16)[None])
             with Watch() as watch:
                 decode(model, cache, token, 1)
-        counts.append(watch.operations)
+            counts.append(watch.operations)
     return (counts[0] - counts[1]) / (counts[0] - counts[2])
 
 
@@ -74,41 +75,24 @@ def cpu_time(function, *args) -> tuple[float, object]:
     return 1e3 * (time.thread_time() - start), result
 
 
-def tuning_step(model, batch: torch.Tensor, optimizer) -> None:
-    (model(batch, labels=batch, use_cache=False).loss + capacity_loss(model, 0.5)).backward()
-    optimizer.step()
-
-
-def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
-    """CPU time of one thread: shares of the ideal gain, and a tuning step's cost in dense forward passes.
+@torch.no_grad()
+def time_shares(repeats: int, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
+    """CPU time of one thread: shares of the ideal gain.
 
     Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
     """
-    torch.set_num_threads(1)
-    model, layers = limit_model()
-    model.requires_grad_(False)
-    prompt, batch = torch.arange(length)[None], torch.arange(1024).reshape(4, 256)
-    trained = add_mindskip(copy.deepcopy(model), MindSkipConfig(layers)).train()
-    optimizer = torch.optim.AdamW(router_parameters(trained), lr=1e-3)
-    times, ratios = {"prefill": [], "decode": []}, []
+    times, prompt = {"prefill": [], "decode": []}, torch.arange(length)[None]
     with ExitStack() as stack:
-        models = [copy.deepcopy(model) for _ in range(3)]
-        for row, copied in zip(limit_rows(layers), models):
-            stack.enter_context(row.using(copied, 1))
-        for repeat in range(-1, repeats):
-            with torch.no_grad():
-                prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
-                steps = [
-                    [cpu_time(decode, one, *state, 1)[0] for one, state in zip(models, states)]
-                    for _ in range(new_tokens)
-                ]
-                forward, _ = cpu_time(lambda: model(batch, labels=batch, use_cache=False))
-            step, _ = cpu_time(tuning_step, trained, batch, optimizer)
+        models = three_models(stack)
+        for repeat in tqdm(range(-1, repeats), "limit", leave=False, disable=None):
+            prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
+            steps = [
+                [cpu_time(decode, one, *state, 1)[0] for one, state in zip(models, states)]
+                for _ in range(new_tokens)
+            ]
             if repeat >= 0:
                 times["prefill"].append(prefills)
                 times["decode"].append([statistics.median(column) for column in zip(*steps)])
-                ratios.append(step / forward)
-            progress(repeat + 2, repeats + 1)
     results = {"operations": {"share": operations_share()}}
     for phase, rows in times.items():
         # A share is a ratio of differences of noisy times: that of the medians, and quartiles of single repeats.
@@ -116,23 +100,54 @@ def time_limit(repeats: int, progress, length: int = 512, new_tokens: int = 32) 
         low, _, high = statistics.quantiles([(full - ours) / (full - cut) for full, ours, cut in rows], n=4)
         share = (medians[0] - medians[1]) / (medians[0] - medians[2])
         results[phase] = {"share": share, "q1": low, "q3": high, "dense_closed_removed_ms": medians}
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    results["tuning step"] = {"dense_forwards": middle, "q1": low, "q3": high}
     return results
+
+
+def time_step(estimator: str, repeats: int, rows: int = 4, length: int = 256) -> dict[str, float]:
+    """A step of tune.tune, in forward passes of the dense model over the same sequences, taken before each step.
+
+    Half of a sequence is its prompt. Learning rate 0: the gates stay as they are before training.
+    """
+    dense, layers = limit_model()
+    ids = torch.arange(rows * length).reshape(rows, length).tolist()
+    examples = [{"task": "all", "ids": row, "prompt": length // 2} for row in ids]
+    args = tune.parse_arguments(["--estimator", estimator, "--lr", "0", "--batch-size", str(rows),
+                                 "--steps", str(repeats + 1)])  # fmt: skip
+    model, ratios, clock = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers)), [], []
+
+    def between_steps(*_) -> None:
+        end = time.thread_time()
+        if clock:
+            ratios.append((end - clock[0]) / clock[1])
+        with torch.no_grad():
+            forward, _ = cpu_time(tune.score, dense, examples)
+        clock[:] = time.thread_time(), forward / 1e3
+
+    handle = register_optimizer_step_post_hook(between_steps)
+    tune.tune(model, examples, args)
+    handle.remove()
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"dense_forwards": middle, "q1": low, "q3": high}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=25, help="of every figure, at least 2")
-    results = time_limit(parser.parse_args().repeats, show_progress("limit"))
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    results, spread = time_shares(repeats), "[{q1:.3f} {q3:.3f}]"
     print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
-    lines = [["decode, operations", f"{results['operations']['share']:.3f}", ""]]
+    rows = {"decode, operations": {"median": results["operations"]["share"], "quartiles": ""}}
     for phase in ("prefill", "decode"):
         at = results[phase]
-        lines.append([f"{phase}, CPU time", f"{at['share']:.3f}", f"[{at['q1']:.3f} {at['q3']:.3f}]"])
-    at = results["tuning step"]
-    lines.append(["tuning step, in dense forwards", f"{at['dense_forwards']:.2f}", f"[{at['q1']:.2f} {at['q3']:.2f}]"])
-    print(table(["share of the ideal gain", "median", "quartiles"], lines))
+        rows[f"{phase}, CPU time"] = {"median": at["share"], "quartiles": spread.format(**at)}
+    columns = {"median": "{median:.3f}", "quartiles": "{quartiles}"}
+    print(table("share of the ideal gain", rows, columns))
+    rows = {}
+    for estimator in ("rloo", "straight-through"):
+        at = time_step(estimator, repeats)
+        rows[estimator] = {"median": at["dense_forwards"], "quartiles": spread.format(**at)}
+    print("\n" + table("tuning step of 4 x 256 tokens, in dense forward passes", rows, columns))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def without_chat_template(folder):
 
 
 def gpt2(folder):
-    config = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=128, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=4, n_head=2, vocab_size=128, bos_token_id=1, eos_token_id=2
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "model")
 
 
@@ -123,32 +125,33 @@ def nothing(folder):
 
 FILE = ["--dataset", "rows.jsonl"]
 TUNE = {
-    "capacity above 1": (["--capacity", "1.5"], nothing, "capacity must be a number in [0, 1], got 1.5"),
-    "capacity below 0": (["--capacity", "-0.1"], nothing, "capacity must be a number in [0, 1], got -0.1"),
+    "capacity above 1": (["--capacity", "1.5"], nothing, "--capacity: 1.5: must be between 0 and 1"),
+    "capacity below 0": (["--capacity", "-0.1"], nothing, "--capacity: -0.1: must be between 0 and 1"),
     "capacity that is no number": (["--capacity", "half"], nothing, "invalid float value: 'half'"),
-    "layer 0": (["--layers", "0,3"], nothing, "layer 0 is never routed"),
+    "layer 0": (["--layers", "0,3"], nothing, "never layer 0): got (0, 3)"),
     "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
-    "a layer out of range": (["--layers", "3,8"], nothing, "for `self_attn` after its first, found in [1, 2, 3, 4, 5]"),
+    "a layer out of range": (["--layers", "3,8"], nothing, "layers (3, 8): `self_attn` is, after its first, in layers [1, 2, 3, 4, 5]"),
     "layers that are no numbers": (["--layers", "all"], nothing, "invalid layer_list value: 'all'"),
-    "no steps": (["--steps", "0"], nothing, "--steps 0: must be between 1 and"),
-    "an infinite learning rate": (["--lr", "inf"], nothing, "--lr inf"),
-    "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr nan"),
-    "negative noise": (["--noise", "-1"], nothing, "--noise -1.0"),
-    "an empty batch": (["--batch-size", "0"], nothing, "--batch-size 0"),
-    "an empty micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
-    "no samples": (["--max-samples", "0"], nothing, "--max-samples 0"),
-    "no length": (["--max-length", "1"], nothing, "--max-length 1: must be between 2 and"),
+    "no steps": (["--steps", "0"], nothing, "--steps: 0: must be between 1 and"),
+    "an infinite learning rate": (["--lr", "inf"], nothing, "--lr: inf: must be"),
+    "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr: nan: must be"),
+    "an unknown estimator": (["--estimator", "guess"], nothing, "--estimator: invalid choice: 'guess'"),
+    "a negative weight": (["--logit-weight", "-1"], nothing, "--logit-weight: -1: must be"),
+    "an empty batch": (["--batch-size", "0"], nothing, "--batch-size: 0: must be"),
+    "an empty micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size: 0: must be"),
+    "no samples": (["--max-samples", "0"], nothing, "--max-samples: 0: must be"),
+    "no length": (["--max-length", "1"], nothing, "--max-length: 1: must be between 2 and"),
     "an abbreviation": (["--cap", "0.5"], nothing, "unrecognized arguments: --cap"),
     "a path for a name": (["--name", "../elsewhere"], nothing, "must be the name of a folder in runs/"),
-    "an unknown kind of attention": (["--attn-implementation", "fast"], nothing, "invalid choice: 'fast'"),
+    "an unknown kind of attention": (["--attn-implementation", "fast"], nothing, '`attn_implementation="fast"` is not supported'),
     "a kind of attention that is not installed": (
         ["--attn-implementation", "flash_attention_2"], nothing, "FlashAttention2"),
     "no such model": (["--model", "nowhere"], nothing, "--model nowhere: no such folder"),
     "a folder without a model": (["--model", "data"], nothing, "config.json"),
     "a Hub id that cannot be had": (["--model", "some/model"], nothing, "some/model"),
-    "a model whose layers cannot be routed": ([], gpt2, "looked in GPT2LMHeadModel for `self_attn`"),
+    "a model whose layers cannot be routed": ([], gpt2, "`self_attn` is, after its first, in layers []"),
     "a model that brings code": (
-        [], edit_config(model_type="mine", auto_map={"AutoConfig": "my.Config"}), "--trust-remote-code"),
+        [], edit_config(model_type="mine", auto_map={"AutoConfig": "my.Config"}), "`trust_remote_code=True`"),
     "a model of an unknown type": ([], edit_config(model_type="mine"), "mine"),
     "weights that are cut short": ([], truncated("model/model.safetensors"), "header"),
     "weights that are pickled": ([], pickled, "safetensors"),
@@ -159,9 +162,9 @@ TUNE = {
     "weights of another shape": ([], edit_config(intermediate_size=80), "18 weights are mismatched"),
     "a configuration without sense": ([], edit_config(num_attention_heads=0), "--model model"),
     "a tokenizer file that is broken": ([], text('{"model": {"type": "WrdLevel"}}', "model/tokenizer.json"), "--model"),
-    "a tokenizer of another model": ([], small_vocabulary, "they do not belong together"),
-    "a seed that is too large": (["--seed", "99999999999"], nothing, "--seed 99999999999: must be between 0 and"),
-    "a learning rate without sense": (["--lr", "1e38"], nothing, "--lr 1e+38"),
+    "a tokenizer of another model": ([], small_vocabulary, "--model model: the tokenizer gives token 36, but the model has 12"),
+    "a seed that is too large": (["--seed", "99999999999"], nothing, "--seed: 99999999999: must be between 0 and"),
+    "a learning rate without sense": (["--lr", "1e38"], nothing, "--lr: 1e38: must be"),
     "an instruction that is missing": (FILE, rows({"instruction": None, "output": "b"}), "row 0: cannot read"),
     "no name": (["--name", ""], nothing, "--name"),
     "the folder above": (["--name", ".."], nothing, "--name"),
@@ -171,21 +174,20 @@ TUNE = {
     "an empty dataset": (FILE, text(""), "--dataset rows.jsonl, --split train: no examples"),
     "an empty split": (["--split", "train[:0]"], nothing, "--split train[:0]"),
     "other columns": (
-        FILE, rows({"question": "a", "reply": "b"}), "found columns ['question', 'reply']; accepted are:"),
-    "answers cut away entirely": (["--max-length", "4"], nothing, "40 dropped: no prompt or answer left); raise"),
-    "text that is a number": (FILE, rows({"prompt": 1, "answer": "2"}), "row 0: cannot read prompt, answer (Type"),
+        FILE, rows({"question": "a", "reply": "b"}), "found columns ['question', 'reply']; accepted are ["),
+    "answers cut away entirely": (["--max-length", "4"], nothing, "40 dropped: no prompt or answer left"),
+    "text that is a number": (FILE, rows({"prompt": 1, "answer": "2"}), "row 0: cannot read prompt, answer: "),
     "an answer that is missing": (FILE, rows({"prompt": "a", "answer": "b"}, {"prompt": "c"}), "row 1: cannot read"),
     "messages that are text": (FILE, rows({"messages": "hello"}), "row 0: cannot read messages"),
     "messages without a chat template": (
-        FILE, lambda folder: (rows({"messages": []})(folder), without_chat_template(folder)), "chat template"),
+        FILE, lambda folder: (rows({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})(folder), without_chat_template(folder)), "chat template"),
     "JSON that is broken": (FILE, text('{"prompt": "a", "ans'), "Missing a closing quotation mark"),
     "Parquet that is none": (["--dataset", "rows.parquet"], text("PAR", "rows.parquet"), "--dataset rows.parquet"),
-    "another kind of file": (["--dataset", "rows.txt"], text("a", "rows.txt"), "must end in .json, .jsonl, .parquet"),
-    "a used folder": (["--name", "used"], used, "choose another name, --overwrite it, or --resume it"),
-    "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "--name x"),
-    "nothing to resume": (["--resume"], nothing, "to begin, leave --resume away"),
-    "a finished run to resume": (["--resume", "--name", "done"], finished, "the run in runs/done is finished"),
-    "resume and overwrite": (["--resume", "--overwrite"], nothing, "choose one"),
+    "another kind of file": (["--dataset", "rows.txt"], text("a", "rows.txt"), "--dataset rows.txt"),
+    "a used folder": (["--name", "used"], used, "choose another --name, --overwrite or --resume it"),
+    "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "Not a directory: 'runs/x'"),
+    "nothing to resume": (["--resume", "runs/nothing"], nothing, "runs/nothing"),
+    "a finished run to resume": (["--resume", "runs/done"], finished, "--resume runs/done: this run is finished"),
 }  # fmt: skip
 
 
@@ -197,50 +199,45 @@ def test_tune_refuses(case, folder, capfd):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("main, arguments", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])])
+@pytest.mark.parametrize(
+    "main, arguments", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])]
+)
 def test_a_device_that_is_not_there(main, arguments, folder, capfd):
     arguments = ["--model", "model", "--dataset", "data", "--device", "cuda", *arguments]
     assert "--device cuda: not available here; use --device cpu" in refused(main, arguments, folder, capfd)
 
 
 def test_device_map_without_accelerate(folder, capfd, monkeypatch):
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(transformers.integrations.accelerate, "is_accelerate_available", lambda: False)
     arguments = ["--model", "model", "--dataset", "data", "--device-map", "auto"]
-    assert "pip install -e '.[accelerate]'" in refused(tune.main, arguments, folder, capfd)
-
-
-def test_a_resumed_run_with_other_arguments(folder, capfd, monkeypatch):
-    arguments = ["--model", "model", "--dataset", "data", "--steps", "3", "--batch-size", "4", "--name", "a"]
-    save = tune.save_routers
-    monkeypatch.setattr(tune, "save_routers", lambda *a, **about: save(*a, **about) if "step" in about else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tune.main(arguments)
-    error = refused(tune.main, [*arguments, "--resume", "--lr", "0.5"], folder, capfd)
-    assert "the arguments must be the same; --lr was 0.01" in error
+    assert "accelerate" in refused(tune.main, arguments, folder, capfd)
 
 
 def test_processes_that_do_not_divide_the_batch(folder, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    error = refused(tune.main, ["--model", "model", "--dataset", "data"], folder, capfd)
-    assert "--batch-size 64: must be a multiple of the 3 processes" in error
+    error = refused(tune.main, ["--model", "model", "--dataset", "data", "--batch-size", "16"], folder, capfd)
+    assert "--batch-size 16: must be a multiple of the 3 processes" in error
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk(folder, capfd):
     (folder / "runs" / "full").mkdir(parents=True)
-    (folder / "runs" / "full" / "arguments.json").symlink_to("/dev/full")
+    (folder / "runs" / "full" / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as stop:
         tune.main(["--model", "model", "--dataset", "data", "--name", "full", "--overwrite"])
     error = capfd.readouterr().err
-    assert stop.value.code == 2 and "No space left on device" in error and len(error.strip().splitlines()) == 1
+    assert (
+        stop.value.code == 2 and "No space left on device" in error and len(error.strip().splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize("main, extra", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])])
+@pytest.mark.parametrize(
+    "main, extra", [(tune.main, []), (evaluate.main, ["--routers", "routers.safetensors"])]
+)
 def test_a_read_only_disk(main, extra, folder, capfd, monkeypatch):
     def mkdir(path, *arguments, **options):
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(tune.os, "access", lambda path, mode: True)
     monkeypatch.setattr(tune.Path, "mkdir", mkdir)  # tests may run as root, whom no permission stops
     error = refused(main, ["--model", "model", "--dataset", "data", *extra], folder, capfd)
     assert "Read-only file system" in error
@@ -287,7 +284,9 @@ def one_short(tensors, metadata):
 
 
 def broken_metadata(tensors, metadata):
-    metadata["mindskip"] = metadata["mindskip"].replace('"granularity": "attention-sequence"', '"granularity": "mlp"')
+    metadata["mindskip"] = metadata["mindskip"].replace(
+        '"granularity": "attention-sequence"', '"granularity": "mlp"'
+    )
 
 
 def no_such_layer(tensors, metadata):
@@ -296,7 +295,7 @@ def no_such_layer(tensors, metadata):
 
 
 EVALUATE = {
-    "routers of a layer that is not there": ([], edit_routers(no_such_layer), "the router of layer 77"),
+    "routers of a layer that is not there": ([], edit_routers(no_such_layer), "layers (2, 3, 77)"),
     "no routers": (["--routers", "nowhere"], nothing, "--routers nowhere: no such file"),
     "no such file": (["--routers", "runs/x.safetensors"], nothing, "no such file, and not a Hub id"),
     "routers on a Hub that cannot be had": (["--routers", "some/routers"], nothing, "some/routers"),
@@ -308,16 +307,15 @@ EVALUATE = {
     "a router of another length": ([], edit_routers(one_short), "or does not fit"),
     "a granularity of another kind": ([], edit_routers(broken_metadata), "granularity must be"),
     "routers of another width": ([], save_other(hidden_size=32), "'hidden_size': 32"),
-    "routers of another depth": ([], save_other(num_hidden_layers=8), "'num_layers': 8"),
+    "routers of another depth": ([], save_other(num_hidden_layers=8), "'num_hidden_layers': 8"),
     "routers of another type": ([], save_other(family="qwen3"), "'model_type': 'qwen3'"),
-    "too few repeats": (["--repeats", "1"], nothing, "--repeats 1: must be between 2 and"),
-    "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length 0"),
-    "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size 0"),
+    "too few repeats": (["--repeats", "1"], nothing, "--repeats: 1: must be between 2 and"),
+    "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length: 0: must be"),
+    "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size: 0: must be"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
     "no such calibration split": (["--calibration-split", "dev"], nothing, 'Unknown split "dev"'),
     "an output folder that is a file": (["--output", "routers.safetensors"], nothing, "routers.safetensors"),
-    "negative shots": (["--num-fewshot", "-1"], nothing, "--num-fewshot -1"),
-    "no such folder of tasks": (["--include-path", "nowhere"], nothing, "--include-path nowhere: no such folder"),
+    "negative shots": (["--num-fewshot", "-1"], nothing, "--num-fewshot: -1: must be"),
 }  # fmt: skip
 
 
@@ -340,9 +338,9 @@ def test_an_extra_that_is_not_installed(option, package, folder, capfd, monkeypa
 @pytest.mark.parametrize(
     "task, message",
     [
-        ("boolqq", "close are ['boolq"),
+        ("boolqq", "--tasks boolqq: "),
         ("several", "a group without a metric"),
-        ("repeat", "generate_until is not supported"),
+        ("repeat", "--tasks repeat: {'generate_until'} is not supported"),
     ],
 )
 def test_tasks_that_cannot_be_scored(task, message, folder, capfd):
@@ -354,7 +352,11 @@ def test_tasks_that_cannot_be_scored(task, message, folder, capfd):
 
 
 ITSELF = {  # what libraries may tell beside an error shows only here, where nothing captures their loggers
-    "tune.py": (["--model", "model"], edit_weights(lambda weights: weights.popitem()), "1 weights are missing"),
+    "tune.py": (
+        ["--model", "model"],
+        edit_weights(lambda weights: weights.popitem()),
+        "1 weights are missing",
+    ),
     "evaluate.py": (["--routers", "none"], nothing, "--routers none: no such file"),
 }
 
@@ -363,6 +365,8 @@ ITSELF = {  # what libraries may tell beside an error shows only here, where not
 def test_the_command_itself_ends_so(script, folder):
     arguments, prepare, message = ITSELF[script]
     prepare(folder)
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
     assert message in done.stderr

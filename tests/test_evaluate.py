@@ -1,37 +1,37 @@
 """Measuring: scores, FLOPs, static baselines and the share of the ideal saving."""
 
+import importlib.util
 import json
+from contextlib import nullcontext
 
 import limit
 import pytest
 import torch
-from conftest import ROUTED, build, build_routed, routed, tokens
-from test_tune import examples, run
+from conftest import ROUTED, build, build_routed, tokens
+from test_mindskip import CLOSED, MIXED, without_attention
+from test_tune import examples, load_demo, load_model, run
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 
 import evaluate
 import tune
-from mindskip import MindSkipConfig, add_mindskip, fix_gates, save_routers
-
-MIXED = {
-    2: torch.tensor([1, 0, 1, 0]).bool(),
-    3: torch.tensor([0, 0, 1, 1]).bool(),
-    4: torch.tensor([0, 0, 0, 0]).bool(),
-}
+from mindskip import MindSkipConfig, add_mindskip, fix_gates, remove_mindskip, routers, save_routers
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return tune.load_model(str(tune.DEMO)), AutoTokenizer.from_pretrained(tune.DEMO)
+    """The demo's model with random routers, made once: some of its decisions are right, some wrong."""
+    model = add_mindskip(load_model(tune.DEMO), MindSkipConfig((1, 2)))
+    torch.manual_seed(0)
+    for router in routers(model):
+        router.weight.data.normal_()
+    return model
 
 
 def test_the_dense_demo_reaches_its_promise(demo):
-    model, tokenizer = demo
-    test = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[0]
-    scores = evaluate.score_answers(model, test)
-    summary = evaluate.summarize(scores, scores, [example["task"] for example in test])
-    assert len(summary["accuracy"]) == 8
+    test = load_demo("test")
+    scores = evaluate.score_all(demo, test, {1: True, 2: True})
+    summary = evaluate.summarize(scores, scores, test, 2)
+    assert len(summary["accuracy"]) == 8 and summary["keep"] == 1
     assert summary["average"] >= 97 and min(summary["accuracy"].values()) >= 90
 
 
@@ -48,40 +48,41 @@ def test_the_splits_of_the_demo_are_disjoint():
 
 
 def test_a_score_is_what_greedy_decoding_gets_right(demo):
-    model, tokenizer = demo
-    chosen = tune.load_examples(str(tune.DEMO / "data"), "test", tokenizer)[0][::100]
-    torch.manual_seed(0)
-    add_mindskip(model, MindSkipConfig((1, 2)))
-    try:
-        for skip in routed(model):
-            skip.router.weight.data.normal_()  # random decisions: some answers right, some wrong
-        correct = evaluate.score_answers(model, chosen)["correct"]
-        for example, right in zip(chosen, correct.tolist()):
-            prompt = torch.tensor([tune.prompt_of(example)])
-            answer = example["ids"][prompt.shape[1] :]
-            output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False
-            )
-            assert (output[0, prompt.shape[1] :].tolist() == answer) == right
-        assert 0 < correct.float().mean() < 1
-    finally:
-        evaluate.remove_mindskip(model)
+    chosen = load_demo("test")[::100]
+    correct = evaluate.score_all(demo, chosen, {})["correct"]
+    for example, right in zip(chosen, correct.tolist()):
+        prompt, answer = (
+            torch.tensor([example["ids"][: example["prompt"]]]),
+            example["ids"][example["prompt"] :],
+        )
+        output = demo.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False
+        )
+        assert (output[0, prompt.shape[1] :].tolist() == answer) == right
+    assert 0 < correct.float().mean() < 1
 
 
 def test_loss_and_standard_errors():
-    model, data = build(), examples(10)
-    scores = evaluate.score_answers(model, data, batch_size=3)
-    for example, loss in zip(data, scores["loss"]):
-        ids, labels = torch.tensor([example["ids"]]), torch.tensor([example["labels"]])
+    model, data = build_routed(), examples(10)
+    scores = evaluate.score_all(model, data, {}, batch_size=3)
+    for example, nats, gates in zip(data, scores["nats"], scores["gates"]):
+        ids, prompt = torch.tensor([example["ids"]]), example["prompt"]
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < prompt, -100)
         expected = model(ids, labels=labels).loss * (labels != -100).sum()  # the model's own loss, one by one
-        torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(nats, expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(gates, tune.last_gates(model)[:, 0])
+    assert 0 < scores["gates"].mean() < 1
+    data = [{**example, "task": "a" if i < 4 else "b"} for i, example in enumerate(data)]
     scores["correct"] = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0, 0]).bool()
     reference = {**scores, "correct": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, 0]).bool()}
-    summary = evaluate.summarize(scores, reference, ["a"] * 4 + ["b"] * 6)
+    summary = evaluate.summarize(scores, reference, data, 3)
     assert summary["accuracy"] == {"a": 75.0, "b": 50.0} and summary["average"] == 62.5
     # (0.75 * 0.25 / 4 + 0.5 * 0.5 / 6) / 2^2, by hand; of the difference: one of four changed
     assert summary["standard_error"] == pytest.approx(100 * ((0.1875 / 4 + 0.25 / 6) / 4) ** 0.5)
     assert summary["paired_standard_error"] == pytest.approx(100 * (0.1875 / 4 / 4) ** 0.5)
+    answers = sum(len(example["ids"]) - example["prompt"] for example in data)
+    assert summary["loss"] == pytest.approx(scores["nats"].sum().item() / answers)
+    assert summary["keep"] == pytest.approx(scores["gates"].mean().item())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
@@ -103,57 +104,110 @@ def test_flops_formula_equals_the_counter(phase, family):
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 
-def test_similarity_finds_the_attention_that_does_nothing():
-    for family in ("llama", "gemma2", "olmo2"):
-        model = build(family)
-        for layer, factor in ((3, 0.0), (1, 1e-3)):
-            attention = model.model.layers[layer].self_attn
-            attention.o_proj.weight.data *= factor
-            if hasattr(model.model.layers[layer], "post_attention_layernorm") and family != "llama":
-                model.model.layers[layer].post_attention_layernorm.weight.data.fill_(
-                    -1.0 if family == "gemma2" else 0.0
-                )
-        assert set(evaluate.similarity_order(model, examples(), 16)[:2]) == {1, 3}, family
+@pytest.mark.parametrize("is_routed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+def test_similarity_finds_the_attention_that_does_nothing(family, is_routed):
+    model = build(family)
+    for layer, factor in ((3, 0.0), (1, 1e-3)):
+        attention = model.model.layers[layer].self_attn
+        attention.o_proj.weight.data *= factor
+        if hasattr(model.model.layers[layer], "post_attention_layernorm") and family != "llama":
+            model.model.layers[layer].post_attention_layernorm.weight.data.fill_(
+                -1.0 if family == "gemma2" else 0.0
+            )
+    expected = evaluate.similarity_order(model, examples(), 16)
+    assert set(expected[:2]) == {1, 3}
+    if is_routed:  # the same order where norms wait for their gates
+        add_mindskip(model, MindSkipConfig((1, 2, 3, 4, 5)))
+        with fix_gates(model, dict.fromkeys(range(1, 6), True)):
+            assert evaluate.similarity_order(model, examples(), 16) == expected
 
 
-def test_rows_put_the_model_back(tmp_path):
+def test_a_row_is_a_way_to_set_gates_on_one_model(tmp_path):
     model, ids = build(), tokens()
     save_routers(build_routed(), tmp_path / "routers.safetensors")
     expected = model(ids).logits
-    config = MindSkipConfig(ROUTED)
-    gates = {i: gate.float()[:, None, None] for i, gate in MIXED.items()}
-    rows = [evaluate.dense(), evaluate.mindskip(tmp_path / "routers.safetensors"), evaluate.static("static", [2, 5]),
-            evaluate.random_gates(config, 0.5, seed=0), evaluate.multiply(gates)]  # fmt: skip
-    for row in rows:
-        with row.using(model, 4):
-            assert torch.equal(model(ids).logits, expected) == (row.name == "dense")
+    layers, ours = evaluate.attach(model, tmp_path)
+    assert layers == ROUTED and ours == {1: True, 5: True}
+    every = dict.fromkeys(range(1, 6), True)
+    with fix_gates(model, every):
         assert torch.equal(model(ids).logits, expected)
-    with rows[-1].using(model, 4):
+    with fix_gates(model, ours):
+        assert torch.equal(model(ids).logits, build_routed()(ids).logits)
+    with fix_gates(model, every | {2: False, 5: False}):
+        torch.testing.assert_close(model(ids).logits, without_attention(build(), (2, 5))(ids).logits)
+    assert torch.equal(remove_mindskip(model)(ids).logits, expected)
+    gates = {i: gate.float()[:, None, None] for i, gate in MIXED.items()}
+    with evaluate.multiplied(model, gates):
         multiplied = model(ids).logits
-    with fix_gates(add_mindskip(model, config), MIXED):
-        torch.testing.assert_close(multiplied, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(ids).logits, expected)
+    with fix_gates(build_routed(), MIXED) as reference:
+        torch.testing.assert_close(multiplied, reference(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_random_gates_are_as_many_and_differ():
-    row, model, gates = evaluate.random_gates(MindSkipConfig(ROUTED), 0.3, seed=0), build(), []
-    for _ in range(2):
-        with row.using(model, 400):
-            model(tokens(rows=400, length=2))
-            gates.append(torch.stack([skip.gate.flatten() for skip in routed(model)]))
-    assert torch.stack(gates).mean().item() == pytest.approx(0.3, abs=0.05)
-    assert not torch.equal(gates[0], gates[1])
+@pytest.fixture
+def compared(tmp_path, monkeypatch):
+    """What compare_quality gives on a small model, and the gates that it asked for, by the order of rows."""
+    save_routers(build_routed(), tmp_path / "routers.safetensors")
+    model, asked, score_all = build(), [], evaluate.score_all
+    layers, ours = evaluate.attach(model, tmp_path)
+    tasks = [{**example, "task": str(i % 2)} for i, example in enumerate(examples(400))]
+
+    def scored(model, some, gates, *arguments):
+        asked.append((gates, score_all(model, some, gates, *arguments)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(evaluate, "score_all", scored)
+    args = evaluate.parse_arguments([])
+    return *evaluate.compare_quality(model, layers, ours, examples(100, seed=1), tasks, args), asked
+
+
+def test_static_rows_close_as_many_layers_as_the_router(compared):
+    rows, chosen, gates, asked = compared
+    keep = rows["mindskip"]["keep"]
+    assert gates.shape == (400, 3) and keep == pytest.approx(gates.mean().item()) and 0.2 < keep < 0.8
+    count = round(3 * (1 - keep))
+    assert set(chosen) == {"similarity", "router", "best"}
+    for name, closed in chosen.items():
+        assert len(closed) == count and rows[f"static, {name}"]["keep"] == pytest.approx(1 - count / 3)
+    searched = {tuple(i for i, gate in one.items() if gate is False) for one, _ in asked} - {()}
+    assert len(searched) == {1: 5, 2: 10}[count]  # every subset of layers 1 to 5
+    assert rows["static, best"]["average"] == max(
+        row["average"] for name, row in rows.items() if "static" in name
+    )
+    assert rows["dense"]["keep"] == 1 and rows["dense"]["paired_standard_error"] == 0
+
+
+def test_the_router_s_static_layers_are_those_that_it_closes_most_often(compared):
+    _, chosen, _, asked = compared
+    (often,) = [scores["gates"].mean(0) for _, scores in asked if len(scores["gates"]) == 100]  # on train
+    by_layer = {layer: often[layer - 1].item() for layer in ROUTED}  # layers 1 to 5 are wrapped
+    assert set(chosen["router"]) == set(sorted(by_layer, key=by_layer.get)[: len(chosen["router"])])
+
+
+def test_random_gates_are_as_many_and_differ(compared):
+    rows, _, gates, asked = compared
+    assert rows["random"]["keep"] == pytest.approx(rows["mindskip"]["keep"], abs=0.05)  # 1,200 draws or more
+    for given, scores in asked:
+        if isinstance(given.get(ROUTED[0]), torch.Tensor):
+            drawn = scores["gates"][:, [i - 1 for i in ROUTED]]  # layers 1 to 5 are wrapped
+            assert not torch.equal(drawn, gates) and (drawn.T.unique(dim=0).shape == drawn.T.shape)
+            break
+    else:
+        raise AssertionError("no row had drawn gates")
 
 
 def test_measured_bytes_shrink_with_the_kept_rows():
-    model, ids = build(), tokens(length=32)
-    results = evaluate.measure(
-        model, [evaluate.dense(), evaluate.static("static", list(ROUTED))], ids, 2, 2, lambda *a: None
-    )
-    assert results["static"]["kv_bytes"] == results["dense"]["kv_bytes"] // 2  # 3 of 6 layers
-    assert (
-        results["dense"]["kv_bytes"] == 6 * 2 * 4 * 2 * 34 * 16 * 4
-    )  # layers, k and v, rows, heads, tokens, head dim, float32
-    assert 0 < results["static"]["peak_bytes"] < results["dense"]["peak_bytes"]
+    dense, model, ids = build(), build_routed(), tokens(length=32)
+    rows = {"dense": lambda: nullcontext(dense), "static": lambda: fix_gates(model, CLOSED)}
+    results = evaluate.measure(rows, ids, 2, 2)
+    bytes_of_dense = 6 * 2 * 4 * 2 * 34 * 16 * 4  # layers, k and v, rows, heads, tokens, head dim, float32
+    assert results["dense"]["kv_kib"] == bytes_of_dense / 1024
+    assert results["static"]["kv_kib"] == results["dense"]["kv_kib"] / 2  # 3 of 6 layers
+    assert 0 < results["static"]["peak_mib"] < results["dense"]["peak_mib"]
+    for row in results.values():
+        assert row["prefill"]["q1"] <= row["prefill"]["median"] <= row["prefill"]["q3"]
+    assert results["dense"]["prefill"]["speedup"] == results["dense"]["decode"]["speedup"] == 1
 
 
 def test_closed_gates_save_the_operations_of_removed_attention():
@@ -166,22 +220,25 @@ def test_long_prompts_are_long_and_of_one_task_each():
 
 
 def test_tables_are_aligned():
-    assert evaluate.table(["a", "bb"], [["long", "1"], ["x", "22.5"]]) == "a       bb\nlong     1\nx     22.5"
+    rows = {"long": {"value": 1.0}, "x": {"value": 22.5}}
+    assert evaluate.table("a", rows, {"bb": "{value:.1f}"}) == "a       bb\nlong   1.0\nx     22.5"
 
 
 def test_evaluate_end_to_end(tmp_path):
+    plot = ["--plot"] * (importlib.util.find_spec("matplotlib") is not None)  # the extra `plot`
     done = run("tune.py", "--steps", "3", "--batch-size", "16", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = run(
-        "evaluate.py", "--repeats", "2", "--prompt-length", "64", "--new-tokens", "2", "--draws", "1", folder=tmp_path
-    )
+    done = run("evaluate.py", "--repeats", "2", "--prompt-length", "64", "--new-tokens", "2", *plot, folder=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())
-    names = ["dense", "mindskip", "static, similarity", "static, best", "static, router", "random"]
-    assert list(results["quality"]) == names
+    names = {"dense", "mindskip", "static, similarity", "static, best", "static, router", "random"}
+    assert set(results["quality"]) == names and next(iter(results["quality"])) == "dense"
     for name in [*names, "multiply"]:
         assert any(line.startswith(name) for line in done.stdout.splitlines())
     assert results["quality"]["static, best"]["average"] >= results["quality"]["static, router"]["average"]
     assert abs(results["quality"]["mindskip"]["keep"] - 0.5) <= 0.02
-    assert results["cost"]["dense"]["prefill_gflops"] > results["cost"]["mindskip"]["prefill_gflops"]
-    assert results["cost"]["multiply"]["kv_bytes"] == results["cost"]["dense"]["kv_bytes"]
+    cost = results["cost"]
+    assert list(cost) == ["dense", "mindskip", "static", "random", "multiply"]
+    assert cost["dense"]["prefill_gflop"] > cost["mindskip"]["prefill_gflop"]
+    assert cost["multiply"]["kv_kib"] == cost["dense"]["kv_kib"] > cost["static"]["kv_kib"]
+    assert (tmp_path / "runs" / "demo" / "results.png").exists() == bool(plot)

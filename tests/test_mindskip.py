@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import LAYERS, ROUTED, WIDTH, build, build_routed, routed, tokens
+from conftest import LAYERS, ROUTED, WIDTH, build, build_routed, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mindskip
@@ -15,9 +15,11 @@ from mindskip import (
     capacity_loss,
     fix_gates,
     keep_ratio,
+    last_gates,
     load_routers,
     remove_mindskip,
     router_parameters,
+    routers,
     save_routers,
     straight_through,
 )
@@ -64,7 +66,7 @@ def greedy_uncached(model, prompt, steps, mask=None):
 
 
 def decisions(model) -> dict[int, torch.Tensor]:
-    return {skip.layer: skip.gate.flatten().bool().clone() for skip in routed(model)}
+    return dict(zip([router.layer for router in routers(model)], last_gates(model).bool().clone(), strict=True))
 
 
 # ---- the straight-through step ----
@@ -79,10 +81,10 @@ def test_gate_is_exactly_zero_or_one():
 def test_straight_through_gradient_is_that_of_the_sigmoid():
     x, voters = torch.randn(5, 7, WIDTH), torch.rand(5, 7) > 0.4
     voters[:, 0] = True
-    router = mindskip.Router(WIDTH)
+    router = mindskip.Router(2, WIDTH)
     router.weight.data.normal_()
     upstream = torch.randn(5)
-    (straight_through(router(x, voters), 0.5).flatten() * upstream).sum().backward()
+    (straight_through(torch.sigmoid(router(x, voters)), 0.5).flatten() * upstream).sum().backward()
     # By hand: dL/dw = sum_b dL/dm_b * s_b (1 - s_b) * mean of row b over its voters.
     expected = torch.zeros(WIDTH)
     for b in range(5):
@@ -93,9 +95,7 @@ def test_straight_through_gradient_is_that_of_the_sigmoid():
 
 
 def test_closed_gates_get_a_gradient():
-    model = build_routed(decided=False).train()
-    for skip in routed(model):
-        skip.config = MindSkipConfig(ROUTED, threshold=0.6)  # above the zero router's score of 0.5
+    model = add_mindskip(build(), MindSkipConfig(ROUTED, threshold=0.6)).train()  # zero routers score 0.5
     model(tokens(), labels=tokens()).loss.backward()
     assert keep_ratio(model) == 0
     assert all(weight.grad.abs().max() > 0 for weight in router_parameters(model))
@@ -117,9 +117,8 @@ def test_closed_gate_equals_removed_attention_and_calls_nothing(family, monkeypa
     model, ids = build(family), tokens()
     expected = without_attention(model, ROUTED)(ids).logits
     add_mindskip(model, MindSkipConfig(ROUTED))  # no .eval() here: it must come attached in the mode of its model
-    norm = getattr(model.model.layers[2], "input_layernorm", None)
     attention_calls = count_calls(monkeypatch, model.model.layers[0].self_attn)
-    norms = [] if norm is None else [skip.norm for skip in routed(model) if skip.norm_name]
+    norms = [norm for i in ROUTED for norm in model.model.layers[i].self_attn.norm]
     norm_calls = count_calls(monkeypatch, norms[0]) if norms else []
     with fix_gates(model, CLOSED):
         output = model(ids)
@@ -245,7 +244,7 @@ def test_cached_generation_with_every_gate_closed(family):
 
 def test_decoding_calls_no_router(monkeypatch):
     model, ids = build_routed(), tokens()
-    calls = count_calls(monkeypatch, routed(model)[0].router)
+    calls = count_calls(monkeypatch, routers(model)[0])
     cache = model(ids).past_key_values
     assert len(calls) == len(ROUTED)
     for i in range(3):
@@ -278,7 +277,7 @@ def test_interleaved_generations_do_not_meet():
     for _ in range(6):
         for k in range(len(prompts)):
             token = model(inputs[k], past_key_values=caches[k]).logits[:, -1:].argmax(-1)
-            patterns.add(tuple(skip.gate.item() for skip in routed(model)))
+            patterns.add(tuple(last_gates(model).flatten().tolist()))
             sequences[k], inputs[k] = torch.cat([sequences[k], token], 1), token
     assert len(patterns) > 1  # else they could not disturb each other
     for sequence, wanted in zip(sequences, expected):
@@ -360,14 +359,14 @@ def test_caches_that_do_not_fit_are_refused():
     add_mindskip(model, MindSkipConfig(ROUTED))
     with pytest.raises(ValueError, match="begun without routers"):
         model(ids, past_key_values=begun_dense)
-    with pytest.raises(ValueError, match="not a static one"):
+    with pytest.raises(ValueError, match="not static"):
         model(ids, past_key_values=static)
     with fix_gates(model, MIXED):
         begun_routed = model(ids).past_key_values
     with pytest.raises(ValueError, match="training mode"):
         model.train()(ids, past_key_values=begun_routed)
     remove_mindskip(model.eval())
-    with pytest.raises(ValueError, match="made by a routed model"):
+    with pytest.raises(ValueError, match="a routed model made this"):
         model(ids, past_key_values=begun_routed)
 
 
@@ -391,19 +390,18 @@ def test_attention_masks_of_every_kind(mask):
 def test_bfloat16_model_keeps_float32_routers_and_exact_gates():
     model = build_routed().to(torch.bfloat16)
     weights = [w.clone() for w in router_parameters(build_routed())]
-    for skip, weight in zip(routed(model), weights):
-        assert torch.equal(skip.router.weight, weight) and skip.router.weight.dtype == torch.float32
-    model(tokens())
-    for skip in routed(model):
-        assert skip.score.dtype == torch.float32 and set(skip.gate.flatten().tolist()) <= {0.0, 1.0}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(tokens())
-    assert all(skip.score.dtype == torch.float32 for skip in routed(model))
+    for weight, before in zip(router_parameters(model), weights):
+        assert torch.equal(weight, before) and weight.dtype == torch.float32
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(tokens())
+        assert all(logit.dtype == torch.float32 for logit in mindskip.last_logits(model))
+        assert set(last_gates(model).flatten().tolist()) <= {0.0, 1.0}
     # A logit of -0.004 gives 0.499, which bfloat16 rounds to 0.5: open.
     x = torch.ones(1, 3, WIDTH, dtype=torch.bfloat16)
-    router = routed(model)[0].router
+    router = routers(model)[0]
     router.weight.data.fill_(-0.004 / WIDTH)
-    assert straight_through(router(x, None), 0.5).item() == 0.0
+    assert straight_through(torch.sigmoid(router(x, torch.ones(1, 3).bool())), 0.5).item() == 0.0
 
 
 def test_hidden_states_are_not_overwritten():
@@ -486,7 +484,7 @@ def test_routers_saved_and_loaded_decide_the_same(tmp_path):
     save_routers(model, tmp_path / "routers.safetensors", note="kept")
     fresh = load_routers(build(), tmp_path / "routers.safetensors")
     assert torch.equal(fresh(ids).logits, expected)
-    assert routed(fresh)[0].config == routed(model)[0].config
+    assert fresh.mindskip_config == model.mindskip_config
     assert (tmp_path / "routers.safetensors").stat().st_size < 4096
     assert [path.name for path in tmp_path.iterdir()] == ["routers.safetensors"]
 
@@ -494,7 +492,7 @@ def test_routers_saved_and_loaded_decide_the_same(tmp_path):
 def test_loaded_routers_replace_those_that_are_there(tmp_path):
     save_routers(build_routed(), tmp_path / "routers.safetensors")
     model = add_mindskip(build(), MindSkipConfig((1, 5)))
-    assert len(routed(load_routers(model, tmp_path / "routers.safetensors"))) == len(ROUTED)
+    assert len(routers(load_routers(model, tmp_path / "routers.safetensors"))) == len(ROUTED)
     assert torch.equal(model(tokens()).logits, build_routed()(tokens()).logits)
 
 
@@ -516,7 +514,7 @@ def test_routers_of_another_model_are_refused(tmp_path, other):
     model = build(**other)
     with pytest.raises(ValueError, match="was tuned for"):
         load_routers(model, tmp_path / "routers.safetensors")
-    assert not routed(model)
+    assert not routers(model)
 
 
 def test_files_that_hold_no_routers_are_refused(tmp_path):

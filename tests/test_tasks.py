@@ -2,16 +2,15 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, make_tokenizer, question_rows, routed, save_checkpoint, save_rows
+from conftest import WIDTH, make_tokenizer, question_rows, save_checkpoint, save_rows
+from test_tune import load_model
 
 import evaluate
-import tune
-from mindskip import MindSkipConfig, add_mindskip, save_routers
+from mindskip import MindSkipConfig, add_mindskip, last_gates, load_routers, routers, save_routers
 
 pytest.importorskip("lm_eval", reason="needs the extra `tasks`")
 TASKS = str(Path(__file__).parent / "tasks")
@@ -26,17 +25,32 @@ def folder(tmp_path, monkeypatch):
     save_rows(tmp_path / "sums.jsonl", rows)
     for split in ("train", "test"):
         save_rows(tmp_path / f"{split}.jsonl", question_rows())
-    model = tune.load_model(save_checkpoint(tmp_path / "model"))
-    add_mindskip(model, MindSkipConfig((2, 3, 4)))
+    model = add_mindskip(load_model(save_checkpoint(tmp_path / "model")), MindSkipConfig((2, 3, 4)))
     torch.manual_seed(1)
-    for skip in routed(model):
-        skip.router.weight.data.copy_(4 * torch.randn(WIDTH))
+    for router in routers(model):
+        router.weight.data.copy_(4 * torch.randn(WIDTH))
     save_routers(model, tmp_path / "routers.safetensors")
     return tmp_path
 
 
-def manager():
-    return evaluate.import_harness().tasks.TaskManager(include_path=TASKS, include_defaults=False)
+def run(adapter, **options) -> dict:
+    """What the harness makes of the sums."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=TASKS, include_defaults=False)
+    return simple_evaluate(adapter, tasks=["sums"], task_manager=manager, log_samples=True, **options)
+
+
+def adapted(model):
+    """Our adapter around a model that has routers, with every gate open."""
+    return evaluate.harness_adapter(model, make_tokenizer(), dict.fromkeys((2, 3, 4), True), 7)
+
+
+def its_own(model):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=7, device="cpu")
 
 
 def answers(results) -> dict[int, list]:
@@ -48,12 +62,8 @@ def answers(results) -> dict[int, list]:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_a_dense_model_scores_as_in_the_harness_own_class(folder, shots):
-    from lm_eval.models.huggingface import HFLM
-
-    harness, model = evaluate.import_harness(), tune.load_model("model")
-    run = partial(harness.simple_evaluate, tasks=["sums"], num_fewshot=shots, task_manager=manager(), log_samples=True)
-    ours = run(evaluate.harness_adapter(model, make_tokenizer(), 7, "sums"))
-    theirs = run(HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=7, device="cpu"))
+    ours = run(adapted(load_routers(load_model("model"), "routers.safetensors")), num_fewshot=shots)
+    theirs = run(its_own(load_model("model")), num_fewshot=shots)
     assert ours["results"]["sums"] == theirs["results"]["sums"]
     for one, two in zip(answers(ours).values(), answers(theirs).values(), strict=True):
         for (likelihood, is_greedy), (expected, was_greedy) in zip(one, two, strict=True):
@@ -61,35 +71,29 @@ def test_a_dense_model_scores_as_in_the_harness_own_class(folder, shots):
 
 
 def test_routing_sees_the_context_alone(folder):
-    """Whatever else is in the batch, each answer scores as it does alone, after a context that was routed alone."""
-    model, tokenizer = tune.load_model("model"), make_tokenizer()
-    with evaluate.mindskip("routers.safetensors").using(model, None):
-        adapter = evaluate.harness_adapter(model, tokenizer, 7, "sums")
-        results = evaluate.import_harness().simple_evaluate(
-            adapter, tasks=["sums"], task_manager=manager(), log_samples=True
-        )
-        gates = torch.cat(adapter.gates).reshape(30, 3, 3)  # questions, choices, layers
-        assert torch.equal(gates, gates[:, :1].expand_as(gates)) and 0.1 < gates.mean() < 0.9
-        for i, row in enumerate(map(json.loads, (folder / "sums.jsonl").read_text().splitlines())):
-            context = tokenizer(row["question"], return_tensors="pt")["input_ids"]
-            for choice, (likelihood, _) in zip(row["choices"], answers(results)[i]):
-                # Generation's way: the context is routed at prefill, the answer follows token by token.
-                output, total = model(context, use_cache=True), 0.0
-                for token in tokenizer(choice, add_special_tokens=False)["input_ids"]:
-                    total += output.logits[0, -1].log_softmax(-1)[token].item()
-                    output = model(torch.tensor([[token]]), past_key_values=output.past_key_values)
-                assert likelihood == pytest.approx(total, rel=1e-4)
-                assert torch.equal(gates[i, 0], torch.cat([skip.gate.flatten() for skip in routed(model)]))
+    """Whatever else is in the batch, an answer scores as it does alone, after a context that was routed alone."""
+    model, tokenizer = load_routers(load_model("model"), "routers.safetensors"), make_tokenizer()
+    adapter = evaluate.harness_adapter(model, tokenizer, {}, 7)
+    results = answers(run(adapter))
+    (gates,) = (kept.reshape(30, 3, 3) for kept in adapter.kept)  # questions, choices, layers
+    assert torch.equal(gates, gates[:, :1].expand_as(gates)) and 0.1 < gates.mean() < 0.9
+    for i, row in enumerate(map(json.loads, (folder / "sums.jsonl").read_text().splitlines())):
+        context = tokenizer(row["question"], return_tensors="pt")["input_ids"]
+        for choice, (likelihood, _) in zip(row["choices"], results[i]):
+            # Generation's way: the context is routed at prefill, the answer follows token by token.
+            output, total = model(context, use_cache=True), 0.0
+            for token in tokenizer(choice, add_special_tokens=False)["input_ids"]:
+                total += output.logits[0, -1].log_softmax(-1)[token].item()
+                output = model(torch.tensor([[token]]), past_key_values=output.past_key_values)
+            assert likelihood == pytest.approx(total, rel=1e-4)
+            assert torch.equal(gates[i, 0], last_gates(model)[:, 0])
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(folder):
-    from lm_eval.models.huggingface import HFLM
-
-    model = tune.load_model("model")
-    model.config.max_position_embeddings = 12  # questions have up to 40 tokens
-    run = partial(evaluate.import_harness().simple_evaluate, tasks=["sums"], task_manager=manager(), log_samples=True)
-    ours = answers(run(evaluate.harness_adapter(model, make_tokenizer(), 7, "sums")))
-    theirs = answers(run(HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=7, device="cpu")))
+    dense, model = load_model("model"), load_routers(load_model("model"), "routers.safetensors")
+    for one in (dense, model):
+        one.config.max_position_embeddings = 12  # questions have up to 40 tokens
+    ours, theirs = answers(run(adapted(model))), answers(run(its_own(dense)))
     for one, two in zip(ours.values(), theirs.values(), strict=True):
         assert [value for value, _ in one] == pytest.approx([value for value, _ in two], rel=1e-5)
 
@@ -103,9 +107,11 @@ def test_the_table_of_tasks(folder, capsys):
     for name, row in results.items():
         at, group = row["tasks"].values()
         assert at["metric"] == "acc_norm" and at["shots"] == 1 and group["metric"] == "acc"
-        assert row["average"] == (at["value"] + group["value"]) / 2 and 0 < group["standard_error"] < 10
+        assert row["average"] == (at["value"] + group["value"]) / 2 and 0 < group["error"] < 10
         share = at["value"] / 100
-        assert at["standard_error"] == pytest.approx(100 * (share * (1 - share) / 29) ** 0.5)  # 30 questions
-        assert re.search(rf"^{name} +{at['value']:.1f} \+-{at['standard_error']:.1f} ", printed, re.MULTILINE)
+        assert at["error"] == pytest.approx(100 * (share * (1 - share) / 29) ** 0.5)  # 30 questions
+        assert re.search(rf"^{name} +{at['value']:.1f} \+-{at['error']:.1f} ", printed, re.MULTILINE)
     assert results["dense"]["keep"] == 1 and 0 < results["mindskip"]["keep"] < 1
-    assert abs(results["static"]["keep"] - results["mindskip"]["keep"]) <= 1 / 6  # as many layers as round to it
+    assert (
+        abs(results["static"]["keep"] - results["mindskip"]["keep"]) <= 1 / 6
+    )  # as many layers as round to it
