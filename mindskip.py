@@ -153,7 +153,7 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 class _GatedAttention:
     """Mixed into attention. Its new child `router` decides; then it computes, multiplies or skips.
 
-    norm: the layer norm whose work is left to this gate (see _DeferredNorm), in a tuple; may be empty.
+    own_norm: the layer norm whose work is left to this gate (see _DeferredNorm), in a tuple; may be empty.
     """
 
     def __call__(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +185,7 @@ class _GatedAttention:
         return output.index_copy(0, rows, kept), weights
 
     def normalise(self, x: Tensor) -> Tensor:
-        return self.norm[0](x, asked=True) if self.norm else x
+        return self.own_norm[0](x, asked=True) if self.own_norm else x
 
 
 class _DeferredNorm:
@@ -356,12 +356,14 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError(f"layers {config.layers}: `self_attn` is, after its first, in layers {fit}")
     if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
-    norms = {i: _norm_of_attention_alone(decoder.layers[i]) for i in config.layers}
-    for i, norm in norms.items():
-        layer, attention = decoder.layers[i], decoder.layers[i].self_attn
-        attention.router = Router(i, text.hidden_size, next(attention.parameters()).device)
-        attention.router.train(attention.training)  # a new module is in training mode, and would skip nothing
-        attention.norm = norm
+    new = []  # all that can fail comes before the first change
+    for i in config.layers:
+        layer = decoder.layers[i]
+        router = Router(i, text.hidden_size, next(layer.self_attn.parameters()).device)
+        router.train(layer.training)  # a new module is in training mode, and would skip nothing
+        new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
+    for layer, attention, router, norm in new:
+        attention.router, attention.own_norm = router, norm
         _mix_in({attention: _GatedAttention, layer: _RoutedLayer} | dict.fromkeys(norm, _DeferredNorm))
     configure(model, config)
     _mix_in({model: _CallingModel, decoder: _CallingModel})
@@ -378,8 +380,8 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
     """The original model again: the same modules, of the same classes, with nothing added."""
     decoder = model.get_decoder()
     for layer in (decoder.layers[router.layer] for router in routers(model)):
-        _mix_in(dict.fromkeys([layer, layer.self_attn, *layer.self_attn.norm]))
-        del layer.self_attn.router, layer.self_attn.norm
+        _mix_in(dict.fromkeys([layer, layer.self_attn, *layer.self_attn.own_norm]))
+        del layer.self_attn.router, layer.self_attn.own_norm
     for module in [one for one in {model, decoder} if isinstance(one, _CallingModel)]:
         _mix_in({module: None})
         del module.mindskip_config
@@ -390,8 +392,9 @@ def _mix_in(mixins: dict[object, type | None]) -> None:
     """Put a mixin before the class of each object, or take it out again where it is None."""
     for one, mixin in mixins.items():
         one.__class__ = _mixed(mixin, type(one)) if mixin else type(one).__bases__[1]
-        if "_old_forward" in vars(one):  # a device map of accelerate keeps the `forward` that it found
-            one._old_forward = type(one).forward.__get__(one)
+        for name in ("forward", "_old_forward"):  # where accelerate keeps the `forward` that it found
+            if getattr(vars(one).get(name), "__self__", None) is one:
+                setattr(one, name, type(one).forward.__get__(one))
 
 
 @cache

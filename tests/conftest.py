@@ -110,5 +110,6 @@ def save_rows(path, rows: list[dict]) -> str:
 def question_rows(count: int = 40) -> list[dict]:
     """Sums, to have something that is cheap, and of different lengths."""
     return [
-        {"prompt": f"{i}+{i * i}=", "answer": str(i + i * i), "task": f"digits {len(str(i))}"} for i in range(count)
+        {"prompt": f"{i}+{i * i}=", "answer": str(i + i * i), "task": f"digits {len(str(i))}"}
+        for i in range(count)
     ]

@@ -39,8 +39,14 @@ class WithoutAttention(torch.nn.Module):
 
 def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-                         num_key_value_heads=8, vocab_size=2048)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=2048,
+    )
     return LlamaForCausalLM(config).eval().requires_grad_(False), (3, 4, 5, 6)
 
 
@@ -111,8 +117,9 @@ def time_step(estimator: str, repeats: int, rows: int = 4, length: int = 256) ->
     dense, layers = limit_model()
     ids = torch.arange(rows * length).reshape(rows, length).tolist()
     examples = [{"task": "all", "ids": row, "prompt": length // 2} for row in ids]
-    args = tune.parse_arguments(["--estimator", estimator, "--lr", "0", "--batch-size", str(rows),
-                                 "--steps", str(repeats + 1)])  # fmt: skip
+    args = tune.parse_arguments(
+        ["--estimator", estimator, "--lr", "0", "--batch-size", str(rows), "--steps", str(repeats + 1)]
+    )
     model, ratios, clock = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers)), [], []
 
     def between_steps(*_) -> None:

@@ -135,7 +135,7 @@ def test_a_template_that_writes_the_prompt_otherwise_once_it_is_answered_is_drop
         LOOP + "{{ message.content }};{% endfor %}{% if add_generation_prompt %}(answer){% endif %}"
     )
     kept = chat(("user", "a"), ("assistant", "(answer)b"))  # what a model would say that it is asked
-    rows = [{"messages": chat(("user", "a"), ("assistant", "b"))}, {"messages": kept}]
+    rows = [{"messages": chat(("user", "a"), ("assistant", "longer than that"))}, {"messages": kept}]
     (example,), told = load(tmp_path / "a.jsonl", rows, changing)
     assert parts(example) == ("a;(answer)", "b;") and "1 dropped" in told
 
@@ -187,9 +187,11 @@ def test_cut_and_dropped_examples_are_counted(tmp_path):
 
 
 def test_conversations_without_an_answer_are_dropped(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "a"}]},
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-            {"messages": [{"role": "assistant", "content": "no question"}]}]  # fmt: skip
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "assistant", "content": "no question"}]},
+    ]
     examples, told = load(tmp_path / "a.jsonl", rows)
     assert len(examples) == 1 and "2 dropped" in told
 

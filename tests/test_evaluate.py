@@ -228,7 +228,9 @@ def test_evaluate_end_to_end(tmp_path):
     plot = ["--plot"] * (importlib.util.find_spec("matplotlib") is not None)  # the extra `plot`
     done = run("tune.py", "--steps", "3", "--batch-size", "16", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = run("evaluate.py", "--repeats", "2", "--prompt-length", "64", "--new-tokens", "2", *plot, folder=tmp_path)  # fmt: skip
+    done = run(
+        "evaluate.py", "--repeats", "2", "--prompt-length", "64", "--new-tokens", "2", *plot, folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())
     names = {"dense", "mindskip", "static, similarity", "static, best", "static, router", "random"}

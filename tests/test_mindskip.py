@@ -1,6 +1,8 @@
 """The method: what holds always, on tiny random models of several families."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -66,7 +68,9 @@ def greedy_uncached(model, prompt, steps, mask=None):
 
 
 def decisions(model) -> dict[int, torch.Tensor]:
-    return dict(zip([router.layer for router in routers(model)], last_gates(model).bool().clone(), strict=True))
+    return dict(
+        zip([router.layer for router in routers(model)], last_gates(model).bool().clone(), strict=True)
+    )
 
 
 # ---- the straight-through step ----
@@ -116,9 +120,11 @@ def test_open_gates_reproduce_the_base_model_bit_for_bit(family):
 def test_closed_gate_equals_removed_attention_and_calls_nothing(family, monkeypatch):
     model, ids = build(family), tokens()
     expected = without_attention(model, ROUTED)(ids).logits
-    add_mindskip(model, MindSkipConfig(ROUTED))  # no .eval() here: it must come attached in the mode of its model
+    add_mindskip(
+        model, MindSkipConfig(ROUTED)
+    )  # no .eval() here: it must come attached in the mode of its model
     attention_calls = count_calls(monkeypatch, model.model.layers[0].self_attn)
-    norms = [norm for i in ROUTED for norm in model.model.layers[i].self_attn.norm]
+    norms = [norm for i in ROUTED for norm in model.model.layers[i].self_attn.own_norm]
     norm_calls = count_calls(monkeypatch, norms[0]) if norms else []
     with fix_gates(model, CLOSED):
         output = model(ids)
@@ -225,7 +231,9 @@ def test_cached_generation_equals_the_uncached_forward(family):
     model, ids = build_routed(family), tokens()
     mask = torch.ones_like(ids)
     mask[1, :5], mask[2, :3] = 0, 0  # ragged
-    generated = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    generated = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     gates = decisions(model)
     assert 0 < keep_ratio(model) < 1
     with fix_gates(model, gates):
@@ -238,7 +246,9 @@ def test_cached_generation_with_every_gate_closed(family):
     mask = torch.ones_like(ids)
     mask[1, :5] = 0  # without padding no mask is made
     with fix_gates(model, CLOSED):
-        generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        generated = model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
         assert torch.equal(generated, greedy_uncached(model, ids, 6, mask))
 
 
@@ -268,7 +278,9 @@ def test_interleaved_generations_do_not_meet():
     model = build_routed()
     prompts = [tokens(rows=1, seed=seed) for seed in range(4)]
     expected = [
-        model.generate(p, attention_mask=torch.ones_like(p), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        model.generate(
+            p, attention_mask=torch.ones_like(p), max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
         for p in prompts
     ]
     caches = [DynamicCache(config=model.config) for _ in prompts]
@@ -282,6 +294,29 @@ def test_interleaved_generations_do_not_meet():
     assert len(patterns) > 1  # else they could not disturb each other
     for sequence, wanted in zip(sequences, expected):
         assert torch.equal(sequence, wanted)
+
+
+def test_threads_that_share_a_model_do_not_meet():
+    model, batches = build_routed(), []
+    for seed in range(4):
+        mask = torch.ones(3, 14, dtype=torch.long)
+        for row in range(3):
+            mask[row, : (3 * seed + 4 * row) % 11] = 0  # padded at the left, each batch in its own way
+        batches.append((tokens(rows=3, length=14, seed=seed), mask))
+
+    def generate(batch) -> torch.Tensor:
+        ids, mask = batch
+        return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+
+    alone = [generate(batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds; threads take turns some hundred times in each forward pass
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(generate, batches * 10))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(found, alone[k % 4]) for k, found in enumerate(together))
 
 
 def test_a_second_turn_and_a_later_chunk_follow_the_first_decision():
@@ -410,7 +445,8 @@ def test_hidden_states_are_not_overwritten():
         states = model(ids, output_hidden_states=True).hidden_states
         x, inputs = model.get_input_embeddings()(ids), []
         hooks = [
-            layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0].clone())) for layer in model.model.layers
+            layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0].clone()))
+            for layer in model.model.layers
         ]
         model(ids)
     assert torch.equal(states[0], x) and all(torch.equal(a, b) for a, b in zip(states, inputs))
@@ -436,15 +472,70 @@ def test_gradient_checkpointing_gives_the_same_gates_and_gradients():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         voters = torch.zeros_like(ids).bool()
         voters[:, :12] = True
-        loss = model(ids, labels=ids.masked_fill(voters, -100), voters=voters, use_cache=False).loss + capacity_loss(
-            model, 0.1
-        )
+        loss = model(
+            ids, labels=ids.masked_fill(voters, -100), voters=voters, use_cache=False
+        ).loss + capacity_loss(model, 0.1)
         loss.backward()
         gradients.append([decisions(model), [w.grad for w in router_parameters(model)]])
     (gates, plain), (again, checkpointed) = gradients
     assert all(torch.equal(gates[i], again[i]) for i in gates)
     for a, b in zip(plain, checkpointed):
         torch.testing.assert_close(a, b)
+
+
+# ---- what stays as it was ----
+
+
+def test_nothing_of_the_base_model_is_renamed(family):
+    model, dense, ids = build_routed(family), build(family), tokens()
+    weights = [f"model.layers.{i}.self_attn.router.weight" for i in ROUTED]
+    assert [name for name in model.state_dict() if name not in weights] == list(dense.state_dict())
+    assert set(weights) < set(model.state_dict())
+    for kind in ("named_parameters", "named_buffers"):
+        found = dict(getattr(model, kind)())
+        assert [name for name in found if name not in weights] == [name for name, _ in getattr(dense, kind)()]
+    added = {f"model.layers.{i}.self_attn.router" for i in ROUTED}
+    modules = {name: module for name, module in model.named_modules() if name not in added}
+    assert list(modules) == [name for name, _ in dense.named_modules()]
+    for name, module in dense.named_modules():  # and is still what it was, by class and by name of the class
+        assert (
+            isinstance(modules[name], type(module)) and type(modules[name]).__name__ == type(module).__name__
+        )
+    expected = model(ids).logits
+    model.load_state_dict(model.state_dict())
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    model.load_state_dict(build_routed(family).state_dict())
+    assert torch.equal(model(ids).logits, expected)
+    for parameter in dense.parameters():  # another checkpoint of the dense model
+        parameter.data.mul_(0.9)
+    found = model.load_state_dict(dense.state_dict(), strict=False)
+    assert found.missing_keys == weights and not found.unexpected_keys
+    with fix_gates(model, dict.fromkeys(ROUTED, True)):
+        assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize("place", ["mindskip._norm_of_attention_alone", "mindskip.Router.__init__"])
+def test_attaching_is_all_or_nothing(place, monkeypatch):
+    model, ids, calls = build(), tokens(), []
+    expected, modules = model(ids).logits, [(id(module), type(module)) for module in model.modules()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    whole = mindskip.Router.__init__ if "Router" in place else mindskip._norm_of_attention_alone
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == len(ROUTED):
+            raise RuntimeError("the last layer fails")
+        return whole(*arguments)
+
+    monkeypatch.setattr(place, failing)
+    with pytest.raises(RuntimeError, match="the last layer fails"):
+        add_mindskip(model, MindSkipConfig(ROUTED))
+    monkeypatch.undo()
+    assert [(id(module), type(module)) for module in model.modules()] == modules
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert not routers(model) and torch.equal(model(ids).logits, expected)
+    assert torch.equal(add_mindskip(model, MindSkipConfig(ROUTED))(ids).logits, expected)
 
 
 # ---- loss, gates from outside, saving ----
@@ -458,6 +549,21 @@ def test_capacity_loss_is_one_hinge_over_all_gates():
             assert keep_ratio(model) == pytest.approx(4 / 12)
             assert capacity_loss(model, 0.2).item() == pytest.approx(4 / 12 - 0.2)
             assert capacity_loss(model, 0.5).item() == 0.0
+
+
+def test_the_capacity_loss_of_a_part_has_the_value_of_the_whole_and_its_own_gradient():
+    model, ids = build_routed(), tokens()
+    for mode in (model.eval(), model.train()):
+        mode(ids, use_cache=False)
+        weights = router_parameters(model)
+        slopes = torch.autograd.grad(last_gates(model).mean(), weights, retain_graph=True)
+        assert all(slope.abs().max() > 0 for slope in slopes)
+        for keep, expected in ((0.9, 0.4), (0.5001, 0.0001), (0.5, 0.0), (0.1, 0.0)):
+            loss = capacity_loss(model, 0.5, keep=keep)
+            assert loss.item() == pytest.approx(expected, abs=1e-6)
+            found = torch.autograd.grad(loss, weights, retain_graph=True)
+            for one, slope in zip(found, slopes):
+                assert torch.equal(one, slope if keep > 0.5 else torch.zeros_like(slope))
 
 
 def test_gates_can_be_fixed_for_some_layers_and_nested():
@@ -474,7 +580,10 @@ def test_gates_can_be_fixed_for_some_layers_and_nested():
     assert all(torch.equal(gate, free[i]) for i, gate in decisions(model).items())
     with pytest.raises(ValueError, match=r"\[1\] are not routed"), fix_gates(model, {1: True}):
         pass
-    with pytest.raises(ValueError, match="3 gates for a batch of 4"), fix_gates(model, {3: torch.ones(3).bool()}):
+    with (
+        pytest.raises(ValueError, match="3 gates for a batch of 4"),
+        fix_gates(model, {3: torch.ones(3).bool()}),
+    ):
         model(ids)
 
 
@@ -506,6 +615,18 @@ def test_a_wrapped_model_can_be_copied():
     copied(ids)
     assert torch.equal(remove_mindskip(copied)(ids).logits, build()(ids).logits)
     assert 0 < keep_ratio(model) < 1
+
+
+def test_a_model_can_be_copied_after_a_training_forward():
+    model, ids = build_routed().train(), tokens()
+    (model(ids, labels=ids, use_cache=False).loss + capacity_loss(model, 0.1)).backward()
+    copied = copy.deepcopy(model)
+    for weight in router_parameters(model):
+        weight.data.zero_()  # the copy has weights of its own
+    assert torch.equal(copied.eval()(ids).logits, build_routed()(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, build()(ids).logits)
+    (copied.train()(ids, labels=ids, use_cache=False).loss + capacity_loss(copied, 0.1)).backward()
+    assert all(weight.grad.abs().max() > 0 for weight in router_parameters(copied))
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 32}, {"num_hidden_layers": 8}, {"family": "qwen3"}])
@@ -571,7 +692,9 @@ def test_layers_that_cannot_be_routed_are_refused():
         add_mindskip(build(), MindSkipConfig((LAYERS,)))
     with pytest.raises(ValueError, match="already"):
         add_mindskip(build_routed(), MindSkipConfig(ROUTED))
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=64))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=64)
+    )
     with pytest.raises(ValueError, match="self_attn"):
         add_mindskip(gpt2, MindSkipConfig((2,)))
     with pytest.raises(ValueError, match="no gates yet"):

@@ -19,8 +19,18 @@ import tune
 from mindskip import load_routers, read_routers, router_parameters, routers, save_routers
 
 TUNE = ["--steps", "3", "--batch-size", "8", "--max-samples", "16"]
-EVALUATE = ["--repeats", "2", "--prompt-length", "16", "--new-tokens", "2", "--batch-size", "2",
-            "--max-samples", "12"]  # fmt: skip
+EVALUATE = [
+    "--repeats",
+    "2",
+    "--prompt-length",
+    "16",
+    "--new-tokens",
+    "2",
+    "--batch-size",
+    "2",
+    "--max-samples",
+    "12",
+]
 
 
 @pytest.fixture
@@ -140,8 +150,19 @@ def test_low_precision_backbones_get_float32_routers(dtype, folder):
 def test_attention_implementations_decide_alike(folder):
     model_name = save_checkpoint(folder / "model")
     for kind in ("eager", "sdpa"):
-        tune.main(["--model", model_name, "--dataset", str(folder / "data"), *TUNE, "--name", kind,
-                   "--attn-implementation", kind])  # fmt: skip
+        tune.main(
+            [
+                "--model",
+                model_name,
+                "--dataset",
+                str(folder / "data"),
+                *TUNE,
+                "--name",
+                kind,
+                "--attn-implementation",
+                kind,
+            ]
+        )
         assert load_model(model_name, attn_implementation=kind).config._attn_implementation == kind
     one, two = (load_file(folder / "runs" / kind / "routers.safetensors") for kind in ("eager", "sdpa"))
     for name in one:

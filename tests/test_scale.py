@@ -35,8 +35,15 @@ def gradients(estimator, checkpointing=False, capacity=0.3, rows=12, micro_batch
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
-    args = settings(estimator=estimator, capacity=capacity, sparsity_weight=5.0, steps=2, batch_size=rows, lr=0.0,
-                    micro_batch_size=micro_batch_size)  # fmt: skip
+    args = settings(
+        estimator=estimator,
+        capacity=capacity,
+        sparsity_weight=5.0,
+        steps=2,
+        batch_size=rows,
+        lr=0.0,
+        micro_batch_size=micro_batch_size,
+    )
     with recorded_gradients(model) as found:
         tune.tune(model, examples(), args, report=lambda *record: records.append(record))
     return found, [record[1] for record in records], [record[2] for record in records]
@@ -47,10 +54,10 @@ def gradients(estimator, checkpointing=False, capacity=0.3, rows=12, micro_batch
 @pytest.mark.parametrize(
     "changes",
     [
-        {"device": 5},
-        {"device": 1},
+        {"micro_batch_size": 5},
+        {"micro_batch_size": 1},
         {"checkpointing": True},
-        {"device": 4, "checkpointing": True},
+        {"micro_batch_size": 4, "checkpointing": True},
     ],
 )
 def test_accumulation_and_checkpointing_change_neither_gates_nor_gradients(changes, capacity, estimator):
@@ -255,8 +262,12 @@ def test_an_interrupted_run_goes_on_to_the_same_routers_bit_for_bit(
 
 def test_a_killed_run_can_be_resumed(inputs, tmp_path, monkeypatch):
     arguments = [*inputs, "--steps", "100000", "--batch-size", "4", "--name", "killed"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "tune.py"), *arguments], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tune.py"), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     log = tmp_path / "runs" / "killed" / "log.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") > 5:

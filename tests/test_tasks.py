@@ -20,8 +20,14 @@ TASKS = str(Path(__file__).parent / "tasks")
 def folder(tmp_path, monkeypatch):
     """Sums of different lengths with choices of different lengths, a model, and routers that decide both ways."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"{'please add ' * (i % 4)}{i}+{7 * i}=", "choices": [str(8 * i), str(i), "a thousand"],
-             "label": i % 3} for i in range(30)]  # fmt: skip
+    rows = [
+        {
+            "question": f"{'please add ' * (i % 4)}{i}+{7 * i}=",
+            "choices": [str(8 * i), str(i), "a thousand"],
+            "label": i % 3,
+        }
+        for i in range(30)
+    ]
     save_rows(tmp_path / "sums.jsonl", rows)
     for split in ("train", "test"):
         save_rows(tmp_path / f"{split}.jsonl", question_rows())
@@ -99,9 +105,24 @@ def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(folder
 
 
 def test_the_table_of_tasks(folder, capsys):
-    evaluate.main(["--model", "model", "--routers", "routers.safetensors", "--dataset", ".",
-                   "--tasks", "sums,arithmetic", "--include-path", TASKS, "--micro-batch-size", "8",
-                   "--num-fewshot", "1"])  # fmt: skip
+    evaluate.main(
+        [
+            "--model",
+            "model",
+            "--routers",
+            "routers.safetensors",
+            "--dataset",
+            ".",
+            "--tasks",
+            "sums,arithmetic",
+            "--include-path",
+            TASKS,
+            "--micro-batch-size",
+            "8",
+            "--num-fewshot",
+            "1",
+        ]
+    )
     results, printed = json.loads((folder / "tasks.json").read_text())["tasks"], capsys.readouterr().out
     assert list(results) == ["dense", "mindskip", "static"]
     for name, row in results.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROUTED, VOCABULARY, build, build_routed
+from conftest import ROUTED, VOCABULARY, build
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
@@ -84,12 +84,6 @@ def recorded_gradients(model):
     )
     yield found
     handle.remove()
-
-
-def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], cwd=folder, capture_output=True, text=True
-    )
 
 
 # ---- what a run does ----
