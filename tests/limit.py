@@ -3,7 +3,7 @@
     python tests/limit.py      # one thread, a few minutes
 
 On a random Llama of width 512 and 8 layers. A share of 1 means that a closed gate costs nothing at all. Then what a
-step of tune.py takes, with either estimator, in forward passes of the dense model over the same sequences.
+step of tune.py takes, with either estimator, in forward passes of the dense model over as many rows.
 """
 
 import argparse
@@ -110,16 +110,25 @@ def time_shares(repeats: int, length: int = 512, new_tokens: int = 32) -> dict[s
 
 
 def time_step(estimator: str, repeats: int, rows: int = 4, length: int = 256) -> dict[str, float]:
-    """A step of tune.tune, in forward passes of the dense model over the same sequences, taken before each step.
+    """A step of tune.tune, in forward passes of the dense model over as many rows, taken before each step.
 
-    Half of a sequence is its prompt. Learning rate 0: the gates stay as they are before training.
+    Rows are prompts, times draws of their gates. Half of a row is its prompt. Learning rate 0: the gates stay as
+    they are before training.
     """
     dense, layers = limit_model()
-    ids = torch.arange(rows * length).reshape(rows, length).tolist()
+    draws = tune.DRAWS if estimator == "rloo" else 1
+    ids = torch.arange(rows // draws * length).reshape(-1, length).tolist()
     examples = [{"task": "all", "ids": row, "prompt": length // 2} for row in ids]
-    args = tune.parse_arguments(
-        ["--estimator", estimator, "--lr", "0", "--batch-size", str(rows), "--steps", str(repeats + 1)]
-    )
+    flags = [
+        "--estimator",
+        estimator,
+        "--lr",
+        "0",
+        "--batch-size",
+        str(len(ids)),
+        "--steps",
+        str(repeats + 1),
+    ]
     model, ratios, clock = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers)), [], []
 
     def between_steps(*_) -> None:
@@ -127,11 +136,11 @@ def time_step(estimator: str, repeats: int, rows: int = 4, length: int = 256) ->
         if clock:
             ratios.append((end - clock[0]) / clock[1])
         with torch.no_grad():
-            forward, _ = cpu_time(tune.score, dense, examples)
+            forward, _ = cpu_time(tune.score, dense, examples * draws)
         clock[:] = time.thread_time(), forward / 1e3
 
     handle = register_optimizer_step_post_hook(between_steps)
-    tune.tune(model, examples, args)
+    tune.tune(model, examples, tune.parse_arguments(flags))
     handle.remove()
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"dense_forwards": middle, "q1": low, "q3": high}
@@ -154,7 +163,7 @@ def main() -> None:
     for estimator in ("rloo", "straight-through"):
         at = time_step(estimator, repeats)
         rows[estimator] = {"median": at["dense_forwards"], "quartiles": spread.format(**at)}
-    print("\n" + table("tuning step of 4 x 256 tokens, in dense forward passes", rows, columns))
+    print("\n" + table("tuning step of 4 rows of 256 tokens, in dense forward passes", rows, columns))
 
 
 if __name__ == "__main__":
