@@ -477,7 +477,7 @@ def plot(results: dict, path: Path) -> None:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser("Measure a tuned model against the dense one.", split="test")
     add = parser.add_argument_group("what is measured").add_argument
-    add("--routers", default="runs/demo", help="folder or file of tune.py, or Hub id")
+    add("--routers", default="runs/demo/routers.safetensors", help="folder or file of tune.py, or Hub id")
     add("--output", help="folder for results; None: beside the routers, or runs/NAME for a Hub id")
     add("--calibration-split", default="train", help="split that chooses static layers")
     add("--micro-batch-size", type=number(int, 1), default=256, help="examples scored at a time")

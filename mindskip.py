@@ -12,8 +12,9 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
     voters      tokens that the mean is taken over: those of the prompt, never padding, never an answer
     shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
 
-While routers train, every attention is computed and multiplied by its gate, so that closed gates learn too.
-In evaluation a closed gate calls no attention and caches nothing. Same gates, same logits, in either mode.
+In training mode every attention is computed and multiplied by its gate, so that closed gates get a gradient.
+In evaluation a closed gate calls no attention and caches nothing. Same gates, same model output, in either mode.
+`add_mindskip` swaps classes: a loaded model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill.
 """
 
@@ -56,7 +57,7 @@ class MindSkipConfig:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-def straight_through(score: Tensor, threshold: float) -> Tensor:
+def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
     """Gate m = 1[score >= threshold], with dL/dscore := dL/dm.  Source: arXiv 2410.13184v6, Eq. 3/5."""
     hard = (score >= threshold).to(score.dtype)
     # Parentheses matter: (hard + score) - score.detach() rounds away from 0 and 1.
@@ -70,13 +71,13 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
         self.layer = layer  # index of the decoder layer
-        self.noise = 0.0  # (B,), added to the logit; tune.py draws gates with it
+        self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
         """Logits (B,), from x (B, T, D) after layer norm and voters (B, T) bool.
 
-        In float32 whatever the model's dtype: in bfloat16 a logit of -0.004 gives a score of 0.5: open.
+        In float32 whatever the model's dtype: bfloat16 would round a logit of -0.003 to a score of 0.5: open.
         """
         with torch.autocast(x.device.type, enabled=False):
             share = voters / voters.sum(1, keepdim=True)  # (B, T)
@@ -93,9 +94,9 @@ class Router(nn.Module):
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
     """ReLU(mean gate - capacity), over all routed layers and rows of the last forward.  Eq. 9/10.
 
-    keep: keep ratio of a whole optimiser step, of which the last forward was a part: the loss has the value of
-    the whole, and the gradient of the part.  Differs from the released code, which has a hinge for each layer
-    at micro-batch 1: the mean gate is 0 or 1 there, so that a capacity between them is never met.
+    keep: the keep ratio to take as value, where the last forward is only a part of an optimiser step; its mean
+    gate then gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
+    micro-batch 1: the mean gate is 0 or 1 there, so that a capacity between them is never met.
     """
     mean = last_gates(model).mean()
     if keep is not None:
@@ -114,7 +115,7 @@ def last_gates(model: nn.Module) -> Tensor:
 
 
 def last_logits(model: nn.Module) -> Tensor:
-    """Logits of the last forward in which routers decided, (routed layers, B)."""
+    """Logits of the last forward, in which every router must have decided, (routed layers, B)."""
     return _last(model, "logits")
 
 
@@ -168,7 +169,7 @@ class _GatedAttention:
             return output * gate.to(output.dtype), weights
 
         memory = SimpleNamespace(gate=None) if cache is None else _routed_cache_layer(cache, router.layer)
-        if memory.gate is None:  # prefill; afterwards no router runs, and nothing waits for the device
+        if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden_states) if router.fixed is None else None
             memory.gate = call.decide(router, hidden_states if x is None else x).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
@@ -221,8 +222,8 @@ class Call:
         """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
         if router.fixed is None:
             self.logits[router.layer] = router(x, self.votes(x))
-            score = torch.sigmoid(self.logits[router.layer] + router.noise)
-            gate = straight_through(score, self.threshold)
+            threshold = self.threshold if router.drawn is None else router.drawn
+            gate = straight_through(torch.sigmoid(self.logits[router.layer]), threshold)
         else:
             gate = torch.as_tensor(router.fixed, device=x.device).float().reshape(-1)
             if len(gate) not in (1, len(x)):
@@ -294,7 +295,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         return super().get_seq_length() if self.is_initialized else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self.cumulative_length = self.get_seq_length()  # a sliding window counts tokens, but not while closed
+        self.cumulative_length = self.get_seq_length()  # a sliding window counts only tokens that it gets
         return super().get_mask_sizes(query_length)
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -432,7 +433,7 @@ def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | 
 
 
 def write(data: bytes, path: str | Path) -> None:
-    """All or nothing: a run that is killed leaves no half a file."""
+    """All or nothing: a run that is killed leaves no half-written file."""
     (partial := Path(f"{path}.partial")).write_bytes(data)
     partial.replace(path)
 

@@ -10,12 +10,12 @@ The loss is the paper's (arXiv 2410.13184v6, Eq. 9/10), with the task loss on an
     L = L_task + lambda * ReLU(mean gate - capacity) + mu * mean(logit^2)
 
 Differs from the paper:
-    estimator    Gates are drawn, and L_task reaches routers by what the draws differ in: see `tune`.
-    third term   It keeps scores from 0 and 1, where they no longer learn. mu falls as (1 - progress)^2.
+    estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `tune`.
+    third term   It keeps scores away from 0 and 1, where they no longer learn. mu falls as (1 - step/steps)^2.
     one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's mean is 0
-                 or 1. Its value is that of the step before, so that a step can be computed in parts.
-    calibration  The hinge stops pushing at the budget, so training ends below it. Afterwards the threshold
-                 becomes the quantile of the scores on training data that opens `capacity` of the gates.
+                 or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
+    calibration  Training ends near the budget, with drawn gates. Afterwards the threshold becomes the quantile
+                 of the scores on training data that opens `capacity` of the gates.
     lambda, lr   0.3 and 0.1. The paper has lambda up to 0.1, its released script 0, which asks for nothing.
 """
 
@@ -61,9 +61,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
 
         dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over routed layers
 
-    Its mean is the true gradient of E[L]: that of L_k * d log p(m_k) is d E[L] (REINFORCE), and the other L,
-    on which m_k has no influence, add L * d(sum of all p) = 0. They only take variance away (RLOO, Kool et
-    al. 2019). No gradient runs through the backbone, and closed gates are skipped.
+    Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L do
+    not depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al. 2019).
+    The hinge gets d(mean score). No gradient runs through the backbone, and closed gates are skipped.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -79,24 +79,26 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         if done:
             before = {name: state[name][i].to(weight.device) for name in moments}
             optimizer.state[weight] = {"step": torch.tensor(float(done)), **before}
-    keep = state.get("keep", torch.ones(1)).item()  # of the step before; before the first, all gates are open
+    keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
     draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
     model.eval()  # no dropout: the backbone is not trained
-    for module in model.modules() if draws == 1 else ():  # of these alone: train() would reach those inside
+    for module in model.modules() if draws == 1 else ():  # set directly: train() would recurse
         is_checkpointed = getattr(module, "gradient_checkpointing", False)
         module.training = is_checkpointed or isinstance(module, mindskip.Router)
     for step, batch in zip(range(1, args.steps + 1), batches(examples, args.batch_size, args.seed)):
         if step <= done:
             continue
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        noise = torch.logit(torch.rand(len(weights), draws, args.batch_size), 1e-6)
+        thresholds = torch.rand(
+            len(weights), draws, args.batch_size
+        )  # a score is above with probability `score`
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
-            for router, drawn in zip(routers, noise[:, :, part].flatten(1)):
-                router.noise = drawn.to(router.weight.device) if draws > 1 else 0.0
+            for router, drawn in zip(routers, thresholds[:, :, part].flatten(1)):
+                router.drawn = drawn.to(router.weight.device) if draws > 1 else None
             nats, _ = score(model, [batch[i] for i in part] * draws)
             nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)  # (rows,): shares of a mean
             logits, gates = last_logits(model), last_gates(model)  # (routed layers, rows)
@@ -119,7 +121,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         # ---------------------------------------------------------------------------------------------
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
-        keep, progress = opened.item() / noise.numel(), (step - warmup) / (args.steps + 1 - warmup)
+        keep, progress = opened.item() / thresholds.numel(), (step - warmup) / (args.steps + 1 - warmup)
         lr = args.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -127,7 +129,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in moments}
         report(step, task_loss.item(), keep, lr, state | {"keep": torch.tensor([keep])})
     for router in routers:
-        router.noise = 0.0
+        router.drawn = None
     model.eval()
 
 

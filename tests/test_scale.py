@@ -63,7 +63,7 @@ def gradients(estimator, checkpointing=False, capacity=0.3, rows=12, micro_batch
 def test_accumulation_and_checkpointing_change_neither_gates_nor_gradients(changes, capacity, estimator):
     expected, losses, keeps = gradients(estimator, capacity=capacity)
     found, other_losses, other_keeps = gradients(estimator, capacity=capacity, **changes)
-    assert 0.1 < keeps[0] < 0.9 and other_keeps == keeps  # noise is drawn for the step, not the part
+    assert 0.1 < keeps[0] < 0.9 and other_keeps == keeps  # gates are drawn for the step, not the part
     assert other_losses == pytest.approx(losses, rel=1e-5)
     for one, two in zip(sum(expected, []), sum(found, []), strict=True):
         assert one.abs().max() > 1e-4
@@ -98,9 +98,7 @@ def first_step(monkeypatch, **changes):
 
     def scored(model, batch):
         result = score(model, batch)
-        seen.append(
-            (batch, last_gates(model).detach().bool(), [router.noise for router in mindskip.routers(model)])
-        )
+        seen.append((batch, last_gates(model).detach().bool()))
         return result
 
     monkeypatch.setattr(tune, "score", scored)
@@ -111,7 +109,7 @@ def first_step(monkeypatch, **changes):
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_the_paper_s_step_is_the_gradient_of_the_paper_s_loss(capacity, monkeypatch):
-    found, batch, _, _, model = first_step(
+    found, batch, _, model = first_step(
         monkeypatch, capacity=capacity, estimator="straight-through", sparsity_weight=5.0, logit_weight=0.0
     )
     loss = model.train()(**tune.collate(batch, "cpu"), use_cache=False).loss + 5.0 * capacity_loss(
@@ -123,8 +121,8 @@ def test_the_paper_s_step_is_the_gradient_of_the_paper_s_loss(capacity, monkeypa
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_the_drawn_step_is_that_of_its_formula_row_by_row(capacity, monkeypatch):
-    """Of K draws: sum (L_k - mean L) / (K - 1) * grad log p(m_k), and the slope of the mean gate over budget."""
-    found, batch, gates, noise, model = first_step(
+    """Of K draws: sum (L_k - mean L) / (K - 1) * grad log p(m_k), and the slope of the mean score over budget."""
+    found, batch, gates, model = first_step(
         monkeypatch, capacity=capacity, sparsity_weight=5.0, logit_weight=0.0
     )
     layers, prompts = [router.layer for router in mindskip.routers(model)], 12
@@ -144,12 +142,10 @@ def test_the_drawn_step_is_that_of_its_formula_row_by_row(capacity, monkeypatch)
             for k, i in enumerate(layers):
                 with fix_gates(model, {j: drawn[j] for j in layers[:k]}):
                     model(**example)
-                logit = mindskip.last_logits(model)[0, 0]
-                score = 1 / (1 + torch.exp(-logit))
+                score = 1 / (1 + torch.exp(-mindskip.last_logits(model)[0, 0]))
                 log_p[-1] = log_p[-1] + torch.log(score if drawn[i] else 1 - score)
-                if capacity < 1:  # the slope of a drawn gate: that of the noisy score
-                    gate = 1 / (1 + torch.exp(-logit - noise[k][row]))
-                    expected = expected + 5.0 * gate / (len(layers) * len(batch))
+                if capacity < 1:  # over budget: the slope of the mean probability
+                    expected = expected + 5.0 * score / (len(layers) * len(batch))
         for k in range(draws):
             others = sum(nats[:k] + nats[k + 1 :]) / (draws - 1)
             expected = expected + (nats[k] - others) / draws * log_p[k]
@@ -159,12 +155,14 @@ def test_the_drawn_step_is_that_of_its_formula_row_by_row(capacity, monkeypatch)
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_third_term_is_the_mean_squared_logit(estimator, monkeypatch):
-    with_it, batch, gates, _, model = first_step(monkeypatch, estimator=estimator, logit_weight=2.0)
-    without, _, same, _, _ = first_step(monkeypatch, estimator=estimator, logit_weight=0.0)
+    with_it, batch, gates, model = first_step(monkeypatch, estimator=estimator, logit_weight=2.0)
+    without, _, same, _ = first_step(monkeypatch, estimator=estimator, logit_weight=0.0)
     assert torch.equal(gates, same)
     for router, drawn in zip(mindskip.routers(model), gates):
         router.training = estimator == "straight-through"  # there gates carry a gradient to the routers below
-        router.noise = 0.0 if router.training else 1e4 * (2.0 * drawn - 1)  # the gates that were drawn
+        router.drawn = (
+            None if router.training else 2.0 * ~drawn
+        )  # thresholds that give the gates that were drawn
     tune.score(model, batch)
     assert torch.equal(last_gates(model).bool(), gates)
     slopes = torch.autograd.grad(mindskip.last_logits(model).square().mean(), router_parameters(model))

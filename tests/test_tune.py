@@ -231,7 +231,7 @@ def test_gates_are_drawn_with_the_probability_of_their_scores_and_independently(
     for one, two in itertools.combinations(draws, 2):  # 2,000 draws: four standard deviations are below 0.045
         assert one.mean().item() == pytest.approx(score, abs=0.045)
         assert (one * two).mean().item() == pytest.approx(score**2, abs=0.045)
-    model(**tune.collate([example], "cpu"))  # no noise is left
+    model(**tune.collate([example], "cpu"))  # no draw is left
     assert torch.sigmoid(tune.last_logits(model)[0, 0]).item() == score
     assert last_gates(model)[0, 0] == (score >= 0.5)
 
