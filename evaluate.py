@@ -177,11 +177,11 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
 def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows that run a
-    layer's attention, 1 where none is given. logits: tokens that go through the output head.
+    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows that run
+    a layer's attention, 1 where none is given. logits: tokens that go through the output head.
 
-    Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal masks
-    and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
+    Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal
+    masks and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
     """
     text = model.config.get_text_config(decoder=True)
     visited = getattr(text, "num_experts_per_tok", None)  # of stacked experts, (experts, in, out)

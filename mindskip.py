@@ -13,8 +13,8 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
     shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
 
 In training mode every attention is computed and multiplied by its gate, so that closed gates get a gradient.
-In evaluation a closed gate calls no attention and caches nothing. Same gates, same model output, in either mode.
-`add_mindskip` swaps classes: a loaded model's own modules get a class that knows the gate. Nothing is renamed.
+In evaluation a closed gate calls no attention and caches nothing. Same gates, same output, in either mode.
+`add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill.
 """
 
@@ -94,8 +94,8 @@ class Router(nn.Module):
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
     """ReLU(mean gate - capacity), over all routed layers and rows of the last forward.  Eq. 9/10.
 
-    keep: the keep ratio to take as value, where the last forward is only a part of an optimiser step; its mean
-    gate then gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
+    keep: the keep ratio to take as value, where the last forward is only a part of an optimiser step; then its
+    mean gate gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
     micro-batch 1: the mean gate is 0 or 1 there, so that a capacity between them is never met.
     """
     mean = last_gates(model).mean()
@@ -190,7 +190,7 @@ class _GatedAttention:
 
 
 class _DeferredNorm:
-    """Mixed into the norm that serves a gated attention alone: does nothing until the gate asks."""
+    """Mixed into the norm that serves a gated attention alone: it does nothing until the gate asks."""
 
     def __call__(self, x: Tensor, asked: bool = False) -> Tensor:
         return super().__call__(x) if asked else x
@@ -408,8 +408,8 @@ def _norm_of_attention_alone(layer: nn.Module) -> tuple[nn.Module, ...]:
     """The layer norm whose result goes to attention and nowhere else, or ().
 
     Names of norms don't tell. But most layers begin with the three lines below, in which attention's result
-    takes the place of the norm's. Where the code reads otherwise (norm after attention, or shared with the MLP)
-    the norm stays where it is, which is right, and only takes its time.
+    takes the place of the norm's. Where the code reads otherwise (norm after attention, or shared with the
+    MLP) the norm stays where it is, which is right, and only takes its time.
     """
     lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)\s+(#.*\s+)*"
     lines += r"hidden_states, \w+ = self\.self_attn\("

@@ -11,11 +11,11 @@ The loss is the paper's (arXiv 2410.13184v6, Eq. 9/10), with the task loss on an
 
 Differs from the paper:
     estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `tune`.
-    third term   It keeps scores away from 0 and 1, where they no longer learn. mu falls as (1 - step/steps)^2.
+    third term   It keeps scores away from 0 and 1, where they don't learn. mu falls as (1 - step/steps)^2.
     one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's mean is 0
                  or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
-    calibration  Training ends near the budget, with drawn gates. Afterwards the threshold becomes the quantile
-                 of the scores on training data that opens `capacity` of the gates.
+    calibration  Training ends near the budget, with drawn gates. Then the threshold becomes the quantile of
+                 the scores on training data that opens `capacity` of the gates.
     lambda, lr   0.3 and 0.1. The paper has lambda up to 0.1, its released script 0, which asks for nothing.
 """
 

@@ -4,7 +4,8 @@
     python tests/seeds.py --estimator straight-through --seeds 0 1 2
     python tests/seeds.py --capacity 0.25      # every other flag is one of tune.py's
 
-The defaults were chosen here, so that the test split stays untouched by that choice.
+The defaults were chosen on such examples with other seeds (100 to 115), so that the test split and seeds 0 to 15 stay
+untouched by that choice.
 """
 
 import argparse
@@ -34,10 +35,8 @@ def development_examples(tokenizer, train: list[dict], count: int) -> list[dict]
     for task in make.TASKS:
         while sum(example["task"] == task for example in examples) < count:
             prompt, answer = make.draw(r, task, test=False)[0]
-            ids, end = (
-                tokenizer(prompt)["input_ids"],
-                tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id],
-            )
+            ids = tokenizer(prompt)["input_ids"]
+            end = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
             if tuple(ids) not in seen:
                 examples.append({"task": task, "ids": ids + end, "prompt": len(ids)})
     return examples
