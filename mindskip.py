@@ -94,8 +94,8 @@ class Router(nn.Module):
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
     """ReLU(mean gate - capacity), over all routed layers and rows of the last forward.  Eq. 9/10.
 
-    keep: the keep ratio to take as value, where the last forward is only a part of an optimiser step; then its
-    mean gate gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
+    keep: the keep ratio to take as value, where the last forward is only part of an optimiser step; its mean
+    gate then gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
     micro-batch 1: the mean gate is 0 or 1 there, so that a capacity between them is never met.
     """
     mean = last_gates(model).mean()

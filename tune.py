@@ -61,9 +61,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
 
         dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over routed layers
 
-    Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L do
-    not depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al. 2019).
-    The hinge gets d(mean score). No gradient runs through the backbone, and closed gates are skipped.
+    Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
+    don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
+    2019). The hinge gets d(mean score). No gradient runs through the backbone; closed gates are skipped.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -360,7 +360,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 
 def command(main):
-    """Around main: what ends it early becomes one line, wherever it is raised; status 2, or 130 for Ctrl-C."""
+    """Around main: what ends it early becomes one line, wherever it is raised; status 2 (Ctrl-C: 130)."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
