@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
 import mindskip
-from mindskip import attention_layers, fix_gates, last_gates, load_routers, remove_mindskip
+from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip
 from tune import CALIBRATION, Parser, collate, command, describe, from_pretrained, load_examples, load_model
 from tune import naming, number, score
 
@@ -66,7 +66,7 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
         some = {layer: gate if isinstance(gate, bool) else gate[index] for layer, gate in gates.items()}
         with fix_gates(model, some):
             nats, correct = score(model, [examples[i] for i in index])
-        parts.append((correct.cpu(), nats.cpu(), last_gates(model).T.cpu()))
+        parts.append((correct.cpu(), nats.cpu(), last(model, "gate").T.cpu()))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
 
@@ -98,7 +98,7 @@ def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
     Returns the routed layers, and mindskip's row, which leaves the others open.
     """
     weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
-    config = replace(model.mindskip_config, layers=tuple(attention_layers(model)[1:]))
+    config = replace(mindskip.routers(model)[0].config, layers=tuple(attention_layers(model)[1:]))
     for router in mindskip.routers(mindskip.add_mindskip(remove_mindskip(model), config)):
         router.weight = weights.get(router.layer, router.weight)
     return tuple(weights), dict.fromkeys(set(config.layers) - set(weights), True)
@@ -245,7 +245,7 @@ def measure(rows: dict, prompts: torch.Tensor, new_tokens: int, repeats: int) ->
                 results[name]["kv_kib"] = sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
                 results[name]["peak_mib"] = peak_bytes(model, prompts, new_tokens) / 2**20
                 routed = [router.layer for router in mindskip.routers(model)]
-                kept = last_gates(model).mean(1).tolist() if routed else []
+                kept = last(model, "gate").mean(1).tolist() if routed else []
                 results[name]["kept"] = dict(zip(routed, kept))
     first = dict(results[names[0]])
     for row in results.values():
@@ -324,7 +324,7 @@ def compare_cost(model, path, closed: tuple, keep: float, prompts: torch.Tensor,
     dense = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the same weights twice
     layers = [router.layer for router in mindskip.routers(load_routers(model, path))]
     prefill(model, prompts)
-    gates, generator = dict(zip(layers, last_gates(model))), torch.Generator().manual_seed(args.seed)
+    gates, generator = dict(zip(layers, last(model, "gate"))), torch.Generator().manual_seed(args.seed)
     drawn = {i: torch.rand(len(prompts), generator=generator) < keep for i in layers}
     rows = {
         "dense": lambda: nullcontext(dense),

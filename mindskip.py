@@ -22,12 +22,12 @@ import inspect
 import json
 import re
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from contextvars import ContextVar, copy_context
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -52,8 +52,8 @@ class MindSkipConfig:
             raise ValueError(f"layers must differ and be integers from 1 up (never layer 0): got {layers}")
         if self.granularity != "attention-sequence":
             raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
-        for name, value in (("threshold", self.threshold), ("capacity", self.capacity)):
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        for name in ("threshold", "capacity"):
+            if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
@@ -65,14 +65,15 @@ def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The router of one layer. In training mode, its layer computes attention whatever the gate."""
+    """The router of one layer: whether its attention runs."""
 
-    def __init__(self, layer: int, hidden_size: int, device: torch.device | None = None):
+    def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
-        self.layer = layer  # index of the decoder layer
+        self.weight = nn.Parameter(torch.zeros(hidden_size))  # all scores 0.5: the dense model
+        self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
+        self.logit = self.gate = None  # (B,) and (B, 1, 1), of the last forward
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
         """Logits (B,), from x (B, T, D) after layer norm and voters (B, T) bool.
@@ -84,21 +85,36 @@ class Router(nn.Module):
             mean = (share[:, None] @ x.float())[:, 0]  # (B, D)
             return mean @ self.weight
 
+    def decide(self, x: Tensor, call: "Call") -> Tensor:
+        """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
+        if self.fixed is None:
+            self.logit = self(x, call.votes(x))
+            threshold = self.config.threshold if self.drawn is None else self.drawn
+            gate = straight_through(torch.sigmoid(self.logit), threshold)
+        else:
+            gate = torch.as_tensor(self.fixed, device=x.device).float().reshape(-1)
+            if len(gate) not in (1, len(x)):
+                raise ValueError(f"fix_gates: {len(gate)} gates for a batch of {len(x)}")
+        self.gate = gate.expand(len(x))[:, None, None]
+        return self.gate
+
     def _apply(self, fn, recurse=True):
         exact = self.weight.data
         super()._apply(fn, recurse)
         self.weight.data = exact.to(self.weight.device)  # model.to(bfloat16) moves a router, doesn't round it
         return self
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"logit": None, "gate": None}  # a graph can't be copied
+
 
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
     """ReLU(mean gate - capacity), over all routed layers and rows of the last forward.  Eq. 9/10.
 
-    keep: the keep ratio to take as value, where the last forward is only part of an optimiser step; its mean
-    gate then gives the gradient alone.  Differs from the released code, which has a hinge for each layer at
-    micro-batch 1: the mean gate is 0 or 1 there, so that a capacity between them is never met.
+    keep: the keep ratio to take as value, where that forward is only part of an optimiser step. Differs from
+    the released code, whose hinges, one for each layer, see means of 0 or 1 at micro-batch 1.
     """
-    mean = last_gates(model).mean()
+    mean = last(model, "gate").mean()
     if keep is not None:
         mean = keep + (mean - mean.detach())
     return torch.relu(mean - capacity)
@@ -106,23 +122,15 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
 
 def keep_ratio(model: nn.Module) -> float:
     """The fraction of gates, over routed layers and rows, that were open in the last forward."""
-    return last_gates(model).mean().item()
+    return last(model, "gate").mean().item()
 
 
-def last_gates(model: nn.Module) -> Tensor:
-    """Gates of the last forward, (routed layers, B)."""
-    return _last(model, "gates")
-
-
-def last_logits(model: nn.Module) -> Tensor:
-    """Logits of the last forward, in which every router must have decided, (routed layers, B)."""
-    return _last(model, "logits")
-
-
-def _last(model: nn.Module, what: str) -> Tensor:
-    if (call := _LAST_CALL.get(model.get_decoder())) is None:
-        raise ValueError("no gates yet: the model needs routers (add_mindskip) and a forward pass")
-    return torch.stack([one.flatten().to(model.device) for _, one in sorted(getattr(call, what).items())])
+def last(model: nn.Module, what: str) -> Tensor:
+    """What the last forward decided: each "gate", or "logit" where routers decided, (routed layers, B)."""
+    found = [getattr(router, what) for router in routers(model)]
+    if not found or any(one is None for one in found):
+        raise ValueError(f"no {what} yet: the model needs routers (add_mindskip) and a forward pass")
+    return torch.stack([one.flatten().to(model.device) for one in found])
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -152,10 +160,9 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 # ---- Gated attention. Classes named _... are mixed into the classes of modules that the model has (_mix_in).
 # A module so stays where it is, and every name as it is. They act in `__call__`, so that hooks run inside.
 class _GatedAttention:
-    """Mixed into attention. Its new child `router` decides; then it computes, multiplies or skips.
+    """Mixed into attention. Its new child `router` decides; then it computes, multiplies or skips."""
 
-    own_norm: the layer norm whose work is left to this gate (see _DeferredNorm), in a tuple; may be empty.
-    """
+    own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
 
     def __call__(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of (B, T, D) where the gate is open, else zeros; returns (output, attention weights)."""
@@ -164,18 +171,18 @@ class _GatedAttention:
             if cache is not None and cache.get_seq_length(router.layer) > 0:
                 raise ValueError("training mode cannot continue a KV cache: call model.eval()")
             x = self.normalise(hidden_states)
-            gate = call.decide(router, x)
+            gate = router.decide(x, call)
             output, weights = super().__call__(hidden_states=x, **kwargs)
             return output * gate.to(output.dtype), weights
 
         memory = SimpleNamespace(gate=None) if cache is None else _routed_cache_layer(cache, router.layer)
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden_states) if router.fixed is None else None
-            memory.gate = call.decide(router, hidden_states if x is None else x).detach()
+            memory.gate = router.decide(hidden_states if x is None else x, call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
-        rows = memory.rows
-        call.gates.setdefault(router.layer, memory.gate)
-        if len(rows) == len(memory.gate):
+        else:
+            router.gate = memory.gate
+        if len(rows := memory.rows) == len(hidden_states):
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
         output = torch.zeros_like(hidden_states)
         if len(rows) == 0:
@@ -205,39 +212,21 @@ def _take_rows(value, rows: Tensor, batch: int):
 
 # ---- Who votes. A Call is one forward pass. It isn't kept on the model: two threads may use that at once.
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thread has its own
-_LAST_CALL: WeakKeyDictionary[nn.Module, "Call"] = WeakKeyDictionary()  # of each decoder, for `last_gates`
 
 
-@dataclass(eq=False)
-class Call:
-    """What tells who votes, and what was decided. gates: (B, 1, 1), logits: (B,), by layer."""
+class Call(NamedTuple):
+    """What tells who votes in one forward pass."""
 
-    threshold: float
-    voters: Tensor | None = None  # (B, T) bool
-    attention_mask: Tensor | None = None  # (B, S)
-    gates: dict[int, Tensor] = field(default_factory=dict)
-    logits: dict[int, Tensor] = field(default_factory=dict)  # where a router decided
-
-    def decide(self, router: Router, x: Tensor) -> Tensor:
-        """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
-        if router.fixed is None:
-            self.logits[router.layer] = router(x, self.votes(x))
-            threshold = self.threshold if router.drawn is None else router.drawn
-            gate = straight_through(torch.sigmoid(self.logits[router.layer]), threshold)
-        else:
-            gate = torch.as_tensor(router.fixed, device=x.device).float().reshape(-1)
-            if len(gate) not in (1, len(x)):
-                raise ValueError(f"fix_gates: {len(gate)} gates for a batch of {len(x)}")
-        self.gates[router.layer] = gate.expand(len(x))[:, None, None]
-        return self.gates[router.layer]
+    voters: Tensor | None  # (B, T) bool
+    attention_mask: Tensor | None  # (B, S)
 
     def votes(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
-        mask, padding = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), self.attention_mask
-        if self.voters is not None:
-            if self.voters.shape != mask.shape:
-                raise ValueError(f"voters must have shape {(*mask.shape,)}, got {(*self.voters.shape,)}")
-            mask = self.voters.bool().to(x.device)
+        padding = self.attention_mask
+        mask = torch.ones(x.shape[:2]) if self.voters is None else self.voters
+        if mask.shape != x.shape[:2]:
+            raise ValueError(f"voters must have shape {(*x.shape[:2],)}, got {(*mask.shape,)}")
+        mask = mask.bool().to(x.device)
         if isinstance(padding, Tensor) and padding.ndim == 2:
             mask = mask & padding[:, -x.shape[1] :].bool().to(x.device)
         elif padding is not None and self.voters is None:
@@ -248,25 +237,23 @@ class Call:
 
     def run(self, function, *args, **kwargs):
         """function(*args, **kwargs), during which this is the current call."""
-        token = _CALL.set(self)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _CALL.reset(token)
+        context = copy_context()
+        context.run(_CALL.set, self)
+        return context.run(function, *args, **kwargs)
 
 
 class _CallingModel:
     """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
-        call = _CALL.get() or Call(self.mindskip_config.threshold)
+        names = inspect.signature(self.forward).parameters if args else ()
+        kwargs |= dict(zip(names, args))
         if voters is None and (labels := kwargs.get("labels")) is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-        call.voters = call.voters if voters is None else voters
-        call.attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        _LAST_CALL[self] = call
-        return call.run(super().__call__, *args, **kwargs)
+        elif voters is None and _CALL.get() is not None:
+            voters = _CALL.get().voters
+        return Call(voters, kwargs.get("attention_mask")).run(super().__call__, **kwargs)
 
 
 class _RoutedLayer:
@@ -284,12 +271,10 @@ class _RoutedLayer:
 
 # ---- Where a decision lives: with the KV cache.
 class _RoutedCacheLayer(CacheLayerMixin):
-    """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision.
+    """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision."""
 
-    gate: (B, 1, 1), None before routing. rows: indices of the open gates. first: the cache's first layer.
-    """
-
-    gate = rows = first = None
+    gate = rows = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
+    first = None  # the cache's first layer, which knows the length even where this one is closed
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.is_initialized else self.first.get_seq_length()
@@ -359,22 +344,15 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
     new = []  # all that can fail comes before the first change
     for i in config.layers:
-        layer = decoder.layers[i]
-        router = Router(i, text.hidden_size, next(layer.self_attn.parameters()).device)
+        layer, router = decoder.layers[i], Router(i, config, text.hidden_size)
+        router.to(next(layer.self_attn.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
         new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
     for layer, attention, router, norm in new:
         attention.router, attention.own_norm = router, norm
         _mix_in({attention: _GatedAttention, layer: _RoutedLayer} | dict.fromkeys(norm, _DeferredNorm))
-    configure(model, config)
     _mix_in({model: _CallingModel, decoder: _CallingModel})
     return model
-
-
-def configure(model: nn.Module, config: MindSkipConfig) -> None:
-    """Set the configuration, and with it the threshold of all routers."""
-    for module in {model, model.get_decoder()}:
-        module.mindskip_config = config
 
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
@@ -383,25 +361,22 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
     for layer in (decoder.layers[router.layer] for router in routers(model)):
         _mix_in(dict.fromkeys([layer, layer.self_attn, *layer.self_attn.own_norm]))
         del layer.self_attn.router, layer.self_attn.own_norm
-    for module in [one for one in {model, decoder} if isinstance(one, _CallingModel)]:
-        _mix_in({module: None})
-        del module.mindskip_config
+    _mix_in({one: None for one in {model, decoder} if isinstance(one, _CallingModel)})
     return model
 
 
 def _mix_in(mixins: dict[object, type | None]) -> None:
     """Put a mixin before the class of each object, or take it out again where it is None."""
     for one, mixin in mixins.items():
-        one.__class__ = _mixed(mixin, type(one)) if mixin else type(one).__bases__[1]
+        new = _mixed(mixin, type(one)) if mixin else type(one).__bases__[1]
+        one.__class__ = new
         for name in ("forward", "_old_forward"):  # where accelerate keeps the `forward` that it found
             if getattr(vars(one).get(name), "__self__", None) is one:
-                setattr(one, name, type(one).forward.__get__(one))
+                setattr(one, name, new.forward.__get__(one))
 
 
-@cache
-def _mixed(mixin: type, old: type) -> type:
-    """A class with `mixin` before `old`, under the name of `old`: others look that up."""
-    return type(old.__name__, (mixin, old), {"__module__": old.__module__})
+# A class with `mixin` before `old`, under the name of `old`: others look that up.
+_mixed = cache(lambda mixin, old: type(old.__name__, (mixin, old), {"__module__": old.__module__}))
 
 
 def _norm_of_attention_alone(layer: nn.Module) -> tuple[nn.Module, ...]:
@@ -428,7 +403,7 @@ def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | 
     if not routers(model):
         raise ValueError("the model has no routers to save: call add_mindskip first")
     tensors = {f"layers.{r.layer}.router.weight": r.weight.detach().cpu() for r in routers(model)}
-    described = {"config": asdict(model.mindskip_config), "model": _shape_of(model), "about": about}
+    described = {"config": asdict(routers(model)[0].config), "model": _shape_of(model), "about": about}
     write(save(tensors | (state or {}), {"mindskip": json.dumps(described)}), path)
 
 
@@ -448,11 +423,10 @@ def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, d
         with safe_open(path, "pt") as file:
             described = {"about": {}} | json.loads((file.metadata() or {})["mindskip"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        described["config"], model = MindSkipConfig(**described["config"]), described["model"]
-        for i in described["config"].layers:
-            fits = tensors[f"layers.{i}.router.weight"].shape == (model["hidden_size"],)
-            if not fits or not tensors[f"layers.{i}.router.weight"].isfinite().all():
-                raise ValueError(f"the router of layer {i} is not finite, or does not fit {model}")
+        described["config"], size = MindSkipConfig(**described["config"]), described["model"]["hidden_size"]
+        for weight in (tensors[f"layers.{i}.router.weight"] for i in described["config"].layers):
+            if weight.shape != (size,) or not weight.isfinite().all():
+                raise ValueError(f"a router is not finite, or not of {size} weights")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
     return described, tensors

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mindskip
-from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last_gates, last_logits, router_parameters
+from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_parameters
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
@@ -101,7 +101,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
                 router.drawn = drawn.to(router.weight.device) if draws > 1 else None
             nats, _ = score(model, [batch[i] for i in part] * draws)
             nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)  # (rows,): shares of a mean
-            logits, gates = last_logits(model), last_gates(model)  # (routed layers, rows)
+            logits, gates = last(model, "logit"), last(model, "gate")  # (routed layers, rows)
             loss = nats.sum()
             if draws > 1:
                 log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
@@ -158,14 +158,16 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
         for i in range(0, len(prompts), batch_size):
             batch = collate(prompts[i : i + batch_size], model.device)
             model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            scores.append(torch.sigmoid(last_logits(model)))
-            gates.append(last_gates(model))
+            scores.append(torch.sigmoid(last(model, "logit")))
+            gates.append(last(model, "gate"))
         if done < passes:  # the last pass only measures
             ordered = torch.cat(scores, 1).flatten().sort(descending=True).values
             count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
             edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
             threshold = edges[count : count + 2].mean().item()
-            mindskip.configure(model, replace(model.mindskip_config, threshold=threshold))
+            config = replace(mindskip.routers(model)[0].config, threshold=threshold)
+            for router in mindskip.routers(model):
+                router.config = config
     return torch.cat(gates, 1).mean().item()
 
 
@@ -487,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = calibrate(model, chosen, args.capacity, args.micro_batch_size or 256)
     if is_writer:
         mindskip.save_routers(model, path, keep_ratio=measured, arguments=arguments, **about)
-        threshold, seconds = model.mindskip_config.threshold, time.perf_counter() - started
+        threshold, seconds = mindskip.routers(model)[0].config.threshold, time.perf_counter() - started
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -70,7 +70,7 @@ def test_loss_and_standard_errors():
         labels = ids.masked_fill(torch.arange(ids.shape[1]) < prompt, -100)
         expected = model(ids, labels=labels).loss * (labels != -100).sum()  # the model's own loss, one by one
         torch.testing.assert_close(nats, expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(gates, tune.last_gates(model)[:, 0])
+        assert torch.equal(gates, tune.last(model, "gate")[:, 0])
     assert 0 < scores["gates"].mean() < 1
     data = [{**example, "task": "a" if i < 4 else "b"} for i, example in enumerate(data)]
     scores["correct"] = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0, 0]).bool()

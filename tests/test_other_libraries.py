@@ -13,7 +13,7 @@ from mindskip import (
     add_mindskip,
     capacity_loss,
     fix_gates,
-    last_gates,
+    last,
     remove_mindskip,
     router_parameters,
     routers,
@@ -56,7 +56,7 @@ def wrap_inside(adapted):
 def test_all_adapters_of_a_routed_model_are_saved_and_loaded(order, tmp_path):
     model, ids = ORDERS[order](), tokens()
     expected = model(ids).logits
-    assert 0 < last_gates(model.get_base_model()).mean() < 1
+    assert 0 < last(model.get_base_model(), "gate").mean() < 1
     assert (expected - build_routed()(ids).logits).abs().max() > 0.1  # adapters change something
     with_lora(build()).save_pretrained(tmp_path / "dense")
     model.save_pretrained(tmp_path / "routed")
@@ -112,10 +112,10 @@ def test_labels_given_to_an_adapted_model_keep_answers_from_voting(order):
 
 def test_merged_adapters_leave_a_routed_model():
     model, ids = ORDERS["routers first"](), tokens()
-    expected, gates = model(ids).logits, last_gates(model)
+    expected, gates = model(ids).logits, last(model, "gate")
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)  # W + BA, added up once
-    assert torch.equal(last_gates(merged), gates) and len(routers(merged)) == len(ROUTED)
+    assert torch.equal(last(merged, "gate"), gates) and len(routers(merged)) == len(ROUTED)
 
 
 # ---- accelerate ----
@@ -172,7 +172,7 @@ def test_closed_gates_are_skipped_under_the_hooks_of_a_device_map(put, order):
                 called.append((i, len(args[0]))) or f(*args, **kwargs)
             )
     assert torch.equal(model(ids).logits, reference(ids).logits)
-    assert torch.equal(last_gates(model), last_gates(reference)) and 0 < last_gates(model).mean() < 1
+    assert torch.equal(last(model, "gate"), last(reference, "gate")) and 0 < last(model, "gate").mean() < 1
     called.clear()
     with fix_gates(model, CLOSED), fix_gates(reference, CLOSED):
         assert torch.equal(model(ids).logits, reference(ids).logits)

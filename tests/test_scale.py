@@ -16,7 +16,7 @@ from test_tune import ESTIMATORS, ROOT, examples, frozen, load_model, recorded_g
 
 import mindskip
 import tune
-from mindskip import capacity_loss, fix_gates, last_gates, load_routers, read_routers, router_parameters
+from mindskip import capacity_loss, fix_gates, last, load_routers, read_routers, router_parameters
 
 STEPS = ["--steps", "6", "--batch-size", "8", "--max-length", "64"]
 
@@ -98,7 +98,7 @@ def first_step(monkeypatch, **changes):
 
     def scored(model, batch):
         result = score(model, batch)
-        seen.append((batch, last_gates(model).detach().bool()))
+        seen.append((batch, last(model, "gate").detach().bool()))
         return result
 
     monkeypatch.setattr(tune, "score", scored)
@@ -142,7 +142,7 @@ def test_the_drawn_step_is_that_of_its_formula_row_by_row(capacity, monkeypatch)
             for k, i in enumerate(layers):
                 with fix_gates(model, {j: drawn[j] for j in layers[:k]}):
                     model(**example)
-                score = 1 / (1 + torch.exp(-mindskip.last_logits(model)[0, 0]))
+                score = 1 / (1 + torch.exp(-mindskip.last(model, "logit")[0, 0]))
                 log_p[-1] = log_p[-1] + torch.log(score if drawn[i] else 1 - score)
                 if capacity < 1:  # over budget: the slope of the mean probability
                     expected = expected + 5.0 * score / (len(layers) * len(batch))
@@ -164,8 +164,8 @@ def test_the_third_term_is_the_mean_squared_logit(estimator, monkeypatch):
             None if router.training else 2.0 * ~drawn
         )  # thresholds that give the gates that were drawn
     tune.score(model, batch)
-    assert torch.equal(last_gates(model).bool(), gates)
-    slopes = torch.autograd.grad(mindskip.last_logits(model).square().mean(), router_parameters(model))
+    assert torch.equal(last(model, "gate").bool(), gates)
+    slopes = torch.autograd.grad(mindskip.last(model, "logit").square().mean(), router_parameters(model))
     found, expected = torch.cat(with_it) - torch.cat(without), torch.cat(slopes)
     weight = (found @ expected / (expected @ expected)).item()
     assert 0 < weight <= 2.0  # it may fade during a run

@@ -10,7 +10,7 @@ from conftest import WIDTH, make_tokenizer, question_rows, save_checkpoint, save
 from test_tune import load_model
 
 import evaluate
-from mindskip import MindSkipConfig, add_mindskip, last_gates, load_routers, routers, save_routers
+from mindskip import MindSkipConfig, add_mindskip, last, load_routers, routers, save_routers
 
 pytest.importorskip("lm_eval", reason="needs the extra `tasks`")
 TASKS = str(Path(__file__).parent / "tasks")
@@ -92,7 +92,7 @@ def test_routing_sees_the_context_alone(folder):
                 total += output.logits[0, -1].log_softmax(-1)[token].item()
                 output = model(torch.tensor([[token]]), past_key_values=output.past_key_values)
             assert likelihood == pytest.approx(total, rel=1e-4)
-            assert torch.equal(gates[i, 0], last_gates(model)[:, 0])
+            assert torch.equal(gates[i, 0], last(model, "gate")[:, 0])
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_as_in_the_harness(folder):

@@ -22,7 +22,7 @@ from mindskip import (
     add_mindskip,
     fix_gates,
     keep_ratio,
-    last_gates,
+    last,
     load_routers,
     read_routers,
     remove_mindskip,
@@ -174,7 +174,7 @@ def exact_gradient(model, batch: list[dict]) -> torch.Tensor:
         for k, gate in enumerate(gates):  # of gate k, given those in the layers below
             with fix_gates(model, dict(zip(layers[:k], gates[:k]))):
                 tune.score(model, batch)
-            score = torch.sigmoid(tune.last_logits(model)[0])  # (B,); the lowest layer whose router decided
+            score = torch.sigmoid(tune.last(model, "logit")[0])  # (B,); the lowest layer whose router decided
             probability = probability * (score if gate else 1 - score)
         expected = expected + (probability * nats).sum() / sum(
             len(one["ids"]) - one["prompt"] for one in batch
@@ -211,7 +211,7 @@ def recorded_gates(monkeypatch) -> list[torch.Tensor]:
 
     def scored(model, *arguments):
         result = score(model, *arguments)
-        found.append(last_gates(model).detach().clone())
+        found.append(last(model, "gate").detach().clone())
         return result
 
     monkeypatch.setattr(tune, "score", scored)
@@ -221,7 +221,7 @@ def recorded_gates(monkeypatch) -> list[torch.Tensor]:
 def test_gates_are_drawn_with_the_probability_of_their_scores_and_independently(monkeypatch):
     model, (example,) = with_small_scores((1, 2)), examples(1)
     model(**tune.collate([example], "cpu"))
-    score = torch.sigmoid(tune.last_logits(model)[0, 0]).item()  # of the first; the second sees other inputs
+    score = torch.sigmoid(tune.last(model, "logit")[0, 0]).item()  # of the first; the second sees other inputs
     assert 0.1 < score < 0.9
     gates = recorded_gates(monkeypatch)
     tune.tune(model, [example] * 2000, settings(steps=1, batch_size=2000, lr=0.0))
@@ -232,8 +232,8 @@ def test_gates_are_drawn_with_the_probability_of_their_scores_and_independently(
         assert one.mean().item() == pytest.approx(score, abs=0.045)
         assert (one * two).mean().item() == pytest.approx(score**2, abs=0.045)
     model(**tune.collate([example], "cpu"))  # no draw is left
-    assert torch.sigmoid(tune.last_logits(model)[0, 0]).item() == score
-    assert last_gates(model)[0, 0] == (score >= 0.5)
+    assert torch.sigmoid(tune.last(model, "logit")[0, 0]).item() == score
+    assert last(model, "gate")[0, 0] == (score >= 0.5)
 
 
 def test_the_drawn_step_skips_closed_attention_and_records_no_graph_of_the_backbone(monkeypatch):
@@ -274,7 +274,7 @@ def test_a_short_run_on_the_demo_meets_the_budget(tmp_path):
     with torch.no_grad():
         tune.score(model, load_demo("test"))
     assert keep_ratio(model) == pytest.approx(0.4, abs=0.02)
-    assert model.mindskip_config.layers == (1, 2)
+    assert routers(model)[0].config.layers == (1, 2)
 
 
 def test_the_python_of_the_readme_runs_and_tunes(tmp_path, monkeypatch):
