@@ -36,7 +36,7 @@ import math
 import random
 import statistics
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,8 +105,8 @@ def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
 
 
 @torch.no_grad()
-def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
-    """Attention layers but the first, most redundant first: lowest 1 - cos(x, x + F(x)), mean over prompts.
+def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_size: int) -> tuple[int, ...]:
+    """`count` attention layers, never the first: lowest mean 1 - cos(x, x + F(x)) over prompts.
 
     F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
     """
@@ -127,18 +127,14 @@ def similarity_order(model, examples: list[dict], batch_size: int) -> list[int]:
         watch(i, model.get_decoder().layers[i])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
-        model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        with fix_gates(model, gates):
+            model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         for i, (x, added) in seen.items():
             cosine = torch.nn.functional.cosine_similarity(x.float(), (x + added).float(), dim=-1)
             totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(x.device)].sum().item()
     for handle in handles:
         handle.remove()
-    return sorted(totals, key=totals.get)
-
-
-def most_redundant(model, every: dict, examples: list[dict], count: int, args) -> tuple[int, ...]:
-    with fix_gates(model, every):
-        return tuple(sorted(similarity_order(model, examples, args.micro_batch_size)[:count]))
+    return tuple(sorted(sorted(totals, key=totals.get)[:count]))
 
 
 def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: list[dict], args):
@@ -152,7 +148,7 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     keep = routed["gates"][:, places].mean().item()
     skipped = round((1 - keep) * len(layers))
     often_open = score_all(model, train, ours, args.micro_batch_size)["gates"][:, places].mean(0)
-    chosen = {"similarity": most_redundant(model, every, train, skipped, args)}
+    chosen = {"similarity": most_redundant(model, every, train, skipped, args.micro_batch_size)}
     chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
     is_searched = math.comb(len(every), skipped) <= SUBSETS
     static = dict.fromkeys(itertools.combinations(every, skipped) if is_searched else chosen.values())
@@ -301,37 +297,34 @@ def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-@contextmanager
-def multiplied(model, gates: dict[int, torch.Tensor]):
-    """The model without routers, its attention computed and then multiplied by the gates (B,)."""
+def multiplied(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
+    """A copy, of the same weights, whose attention is computed and then multiplied by the gates (B,)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for i, gate in gates.items():
 
-    def multiply(gate):
-        return lambda module, args, output: (output[0] * gate.view(-1, 1, 1).to(output[0].dtype), *output[1:])
+        def multiply(module, args, output, gate=gate.view(-1, 1, 1)):
+            return output[0] * gate.to(output[0].dtype), *output[1:]
 
-    layers = model.get_decoder().layers
-    handles = [layers[i].self_attn.register_forward_hook(multiply(gate)) for i, gate in gates.items()]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+        model.get_decoder().layers[i].self_attn.register_forward_hook(multiply)
+    return model
 
 
 @torch.no_grad()
 def compare_cost(model, path, closed: tuple, keep: float, prompts: torch.Tensor, args) -> dict[str, dict]:
     """Time and count rows. A static drop costs the same whichever layers it closes."""
-    tensors = [*remove_mindskip(model).parameters(), *model.buffers()]
-    dense = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the same weights twice
+    dense = multiplied(remove_mindskip(model), {})
     layers = [router.layer for router in mindskip.routers(load_routers(model, path))]
     prefill(model, prompts)
     gates, generator = dict(zip(layers, last(model, "gate"))), torch.Generator().manual_seed(args.seed)
     drawn = {i: torch.rand(len(prompts), generator=generator) < keep for i in layers}
+    multiply = multiplied(dense, gates)
     rows = {
         "dense": lambda: nullcontext(dense),
         "mindskip": lambda: nullcontext(model),
         "static": lambda: fix_gates(model, {i: k >= len(closed) for k, i in enumerate(layers)}),
         "random": lambda: fix_gates(model, drawn),
-        "multiply": lambda: multiplied(dense, gates),
+        "multiply": lambda: nullcontext(multiply),
     }
     cost = measure(rows, prompts, args.new_tokens, args.repeats)
     length = args.prompt_length
@@ -409,7 +402,8 @@ def compare_tasks(model, tokenizer, layers, ours: dict, train: list[dict], names
     every, rows = dict.fromkeys([*layers, *ours], True), {}
     for name, gates in (("dense", every), ("mindskip", ours)):
         rows[name] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
-    closed = most_redundant(model, every, train, round((1 - rows["mindskip"]["keep"]) * len(layers)), args)
+    count = round((1 - rows["mindskip"]["keep"]) * len(layers))
+    closed = most_redundant(model, every, train, count, args.micro_batch_size)
     gates = every | dict.fromkeys(closed, False)
     rows["static"] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     return rows | {"static": rows["static"] | {"closed": closed}}

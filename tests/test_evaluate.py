@@ -115,12 +115,11 @@ def test_similarity_finds_the_attention_that_does_nothing(family, is_routed):
             model.model.layers[layer].post_attention_layernorm.weight.data.fill_(
                 -1.0 if family == "gemma2" else 0.0
             )
-    expected = evaluate.similarity_order(model, examples(), 16)
-    assert set(expected[:2]) == {1, 3}
+    assert evaluate.most_redundant(model, {}, examples(), 2, 16) == (1, 3)
     if is_routed:  # the same order where norms wait for their gates
         add_mindskip(model, MindSkipConfig((1, 2, 3, 4, 5)))
-        with fix_gates(model, dict.fromkeys(range(1, 6), True)):
-            assert evaluate.similarity_order(model, examples(), 16) == expected
+        every = dict.fromkeys(range(1, 6), True)
+        assert evaluate.most_redundant(model, every, examples(), 2, 16) == (1, 3)
 
 
 def test_a_row_is_a_way_to_set_gates_on_one_model(tmp_path):
@@ -138,8 +137,7 @@ def test_a_row_is_a_way_to_set_gates_on_one_model(tmp_path):
         torch.testing.assert_close(model(ids).logits, without_attention(build(), (2, 5))(ids).logits)
     assert torch.equal(remove_mindskip(model)(ids).logits, expected)
     gates = {i: gate.float()[:, None, None] for i, gate in MIXED.items()}
-    with evaluate.multiplied(model, gates):
-        multiplied = model(ids).logits
+    multiplied = evaluate.multiplied(model, gates)(ids).logits
     assert torch.equal(model(ids).logits, expected)
     with fix_gates(build_routed(), MIXED) as reference:
         torch.testing.assert_close(multiplied, reference(ids).logits, atol=1e-5, rtol=1e-5)
