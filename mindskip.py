@@ -87,6 +87,7 @@ class Router(nn.Module):
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
         """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
+        self.logit = None
         if self.fixed is None:
             self.logit = self(x, call.votes(x))
             threshold = self.config.threshold if self.drawn is None else self.drawn
@@ -126,9 +127,9 @@ def keep_ratio(model: nn.Module) -> float:
 
 
 def last(model: nn.Module, what: str) -> Tensor:
-    """What the last forward decided: each "gate", or "logit" where routers decided, (routed layers, B)."""
-    found = [getattr(router, what) for router in routers(model)]
-    if not found or any(one is None for one in found):
+    """Each "gate" of the last forward, or each "logit" from which a router decided; (routed layers, B)."""
+    found = [one for one in (getattr(router, what) for router in routers(model)) if one is not None]
+    if not found:
         raise ValueError(f"no {what} yet: the model needs routers (add_mindskip) and a forward pass")
     return torch.stack([one.flatten().to(model.device) for one in found])
 
@@ -181,7 +182,7 @@ class _GatedAttention:
             memory.gate = router.decide(hidden_states if x is None else x, call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
         else:
-            router.gate = memory.gate
+            router.gate, router.logit = memory.gate, None
         if len(rows := memory.rows) == len(hidden_states):
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
         output = torch.zeros_like(hidden_states)
