@@ -50,7 +50,7 @@ from transformers import AutoTokenizer, DynamicCache
 import mindskip
 from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip
 from tune import CALIBRATION, Parser, collate, command, describe, from_pretrained, load_examples, load_model
-from tune import naming, number, score
+from tune import naming, number, positions, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
 
@@ -66,6 +66,9 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
         some = {layer: gate if isinstance(gate, bool) else gate[index] for layer, gate in gates.items()}
         with fix_gates(model, some):
             nats, correct = score(model, [examples[i] for i in index])
+        if not nats.isfinite().all():
+            bad = [index[i] for i in (~nats.isfinite()).nonzero()[:, 0]]
+            raise FloatingPointError(f"the loss of examples {bad[:5]} is not finite; try --dtype float32")
         parts.append((correct.cpu(), nats.cpu(), last(model, "gate").T.cpu()))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
@@ -78,8 +81,9 @@ def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> d
         chosen = torch.tensor([one["task"] == name for one in examples])
         right, before = (100.0 * one["correct"][chosen].double() for one in (scores, dense))
         accuracy[name] = right.mean().item()
-        variance += right.var(correction=0).item() / len(right)
-        paired += (right - before).var(correction=0).item() / len(right)
+        error = 1 / len(right) if len(right) > 1 else math.nan  # one example tells no error
+        variance += right.var(correction=0).item() * error
+        paired += (right - before).var(correction=0).item() * error
     tokens = sum(len(one["ids"]) - one["prompt"] for one in examples)
     return {
         "accuracy": accuracy,
@@ -432,6 +436,12 @@ def table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> str:
     return "\n".join("  ".join(line) for line in aligned)
 
 
+def write_json(results: dict, path: Path) -> None:
+    """With null where there is no number: JSON has no NaN."""
+    valid = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    mindskip.write(json.dumps(valid, indent=2).encode(), path)
+
+
 def plot(results: dict, path: Path) -> None:
     """What a gate does, and which task opens which layer."""
     from matplotlib import pyplot
@@ -487,7 +497,10 @@ def parse_arguments(argv: list[str] | None = None):
     add("--num-fewshot", type=number(int, 0, 1000), help=f"shots; None: {FEWSHOT}, else 0")
     add("--task-limit", type=number(int, 1), help="questions of each task; None: all")
     add("--include-path", help="folder with task definitions of your own")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.tasks and (args.tasks == "" or args.num_fewshot or args.task_limit or args.include_path):
+        raise ValueError(f"--tasks {args.tasks}: name tasks, or leave out the flags that are for them")
+    return args
 
 
 @command
@@ -506,22 +519,26 @@ def main(argv: list[str] | None = None) -> None:
     config, step = described["config"], described["about"].get("step")
     manager = load_tasks(names, args.include_path) if names else None
     tokenizer = from_pretrained(AutoTokenizer, args)
-    train, _ = load_examples(args, args.calibration_split, tokenizer)
+    train, _ = load_examples(args, "--calibration-split", tokenizer)
     train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
-    test, told = ([], f"{len(names)} tasks") if names else load_examples(args, args.split, tokenizer)
+    test, told = ([], f"{len(names)} tasks") if names else load_examples(args, "--split", tokenizer)
     model = load_model(args, train + test)
+    if not names and args.prompt_length + args.new_tokens > positions(model):
+        raise ValueError(f"--prompt-length {args.prompt_length}: the model has {positions(model)} positions")
     layers, ours = attach(model, path)
     beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
     folder = Path(args.output or beside)
     folder.mkdir(parents=True, exist_ok=True)
     print(describe(model, args))
     print(f"layers {layers} | capacity {config.capacity} | threshold {config.threshold:.4f} | {told}")
+    if (base := described["about"].get("base_model", args.model)) != args.model:
+        print(f"WARNING: these routers were tuned on {base}")
     if step is not None:
         print(f"UNFINISHED: these are the routers of step {step}, not calibrated; run tune.py --resume")
     results = {"config": vars(config), "arguments": vars(args)}
     if names:
         rows = compare_tasks(model, tokenizer, layers, ours, train, names, manager, args)
-        mindskip.write(json.dumps(results | {"tasks": rows}, indent=2).encode(), folder / "tasks.json")
+        write_json(results | {"tasks": rows}, folder / "tasks.json")
         columns = {}
         for k, (name, at) in enumerate(rows["dense"]["tasks"].items()):
             cell = f"{{by_task[{k}][value]:.1f}} +-{{by_task[{k}][error]:.1f}}"
@@ -540,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
     cost = compare_cost(model, path, chosen["similarity"], quality["mindskip"]["keep"], prompts, args)
     results |= {"quality": quality, "static_layers": chosen, "keep_by_task": keep, "cost": cost}
-    mindskip.write(json.dumps(results, indent=2).encode(), folder / "results.json")
+    write_json(results, folder / "results.json")
     print(table("cost", cost, COST))
     print(f"{args.batch_size} prompts of {args.prompt_length} tokens, {args.new_tokens} new tokens; ", end="")
     print(f"median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")

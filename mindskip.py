@@ -21,6 +21,7 @@ Differs from the paper: only prompt tokens vote, and only once, at prefill.
 import inspect
 import json
 import re
+import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
@@ -34,7 +35,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
     keep: the keep ratio to take as value, where that forward is only part of an optimiser step. Differs from
     the released code, whose hinges, one for each layer, see means of 0 or 1 at micro-batch 1.
     """
+    if not 0 <= capacity <= 1:
+        raise ValueError(f"capacity must be a fraction in [0, 1], got {capacity}")
     mean = last(model, "gate").mean()
     if keep is not None:
         mean = keep + (mean - mean.detach())
@@ -149,6 +153,9 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
     before = {router: router.fixed for router in routers(model) if router.layer in gates}
     if unknown := sorted(set(gates) - {router.layer for router in before}):
         raise ValueError(f"layers {unknown} are not routed: routed are {[r.layer for r in routers(model)]}")
+    for gate in gates.values():
+        if not isinstance(gate, bool) and getattr(gate, "dtype", None) != torch.bool:
+            raise ValueError(f"a gate is True, False, or a (B,) tensor of them, got {gate}")
     try:
         for router in before:
             router.fixed = gates[router.layer]
@@ -173,14 +180,19 @@ class _GatedAttention:
                 raise ValueError("training mode cannot continue a KV cache: call model.eval()")
             x = self.normalise(hidden_states)
             gate = router.decide(x, call)
-            output, weights = super().__call__(hidden_states=x, **kwargs)
-            return output * gate.to(output.dtype), weights
+            output, *more = super().__call__(hidden_states=x, **kwargs)
+            return output * gate.to(output.dtype), *more
 
         memory = SimpleNamespace(gate=None) if cache is None else _routed_cache_layer(cache, router.layer)
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden_states) if router.fixed is None else None
             memory.gate = router.decide(hidden_states if x is None else x, call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
+            memory.fixed = router.fixed
+        elif router.fixed is not None and router.fixed is not memory.fixed:
+            raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
+        elif call.voters is not None and call.voters.shape != hidden_states.shape[:2]:
+            raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
             router.gate, router.logit = memory.gate, None
         if len(rows := memory.rows) == len(hidden_states):
@@ -190,8 +202,8 @@ class _GatedAttention:
             return output, None
         x = self.normalise(hidden_states[rows]) if x is None else x[rows]  # (kept rows, T, D)
         kwargs = {name: _take_rows(value, rows, len(output)) for name, value in kwargs.items()}
-        kept, weights = super().__call__(hidden_states=x, **kwargs)
-        return output.index_copy(0, rows, kept), weights
+        kept, *more = super().__call__(hidden_states=x, **kwargs)
+        return output.index_copy(0, rows, kept), *more
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
@@ -216,24 +228,34 @@ _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thre
 
 
 class Call(NamedTuple):
-    """What tells who votes in one forward pass."""
+    """What tells who votes in one forward pass: of the first `prompt` tokens, when `generate` says so."""
 
     voters: Tensor | None  # (B, T) bool
-    attention_mask: Tensor | None  # (B, S)
+    prompt: int | None
+    given: dict  # arguments of the model: attention_mask (B, S), position_ids, ...
 
     def votes(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
-        padding = self.attention_mask
-        mask = torch.ones(x.shape[:2]) if self.voters is None else self.voters
-        if mask.shape != x.shape[:2]:
-            raise ValueError(f"voters must have shape {(*x.shape[:2],)}, got {(*mask.shape,)}")
-        mask = mask.bool().to(x.device)
+        padding, places = self.given.get("attention_mask"), self.given.get("position_ids")
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if self.voters is None else self.voters
+        if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {mask.dtype} {(*mask.shape,)}")
+        mask = mask.to(x.device)
+        if self.prompt is not None:
+            if x.shape[1] < self.prompt:
+                raise ValueError(f"a decision needs the whole prompt: {self.prompt} tokens, not {x.shape[1]}")
+            mask = mask & (torch.arange(x.shape[1], device=x.device) < self.prompt)
         if isinstance(padding, Tensor) and padding.ndim == 2:
             mask = mask & padding[:, -x.shape[1] :].bool().to(x.device)
-        elif padding is not None and self.voters is None:
+        elif self.voters is None and padding is not None:
             raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
-        if not (has_voter := mask.any(1)).all():
-            raise ValueError(f"rows {(~has_voter).nonzero()[:, 0].tolist()} have no token that votes")
+        elif self.voters is None and places is not None and (places.diff() < 0).any():
+            raise ValueError(
+                "positions start again: packed sequences would share a gate; pass voters, or pad"
+            )
+        if not mask.any(1).all():
+            rows = (~mask.any(1)).nonzero()[:, 0].tolist()
+            raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
         return mask
 
     def run(self, function, *args, **kwargs):
@@ -247,14 +269,29 @@ class _CallingModel:
     """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
-        names = inspect.signature(self.forward).parameters if args else ()
+        names, outer = inspect.signature(self.forward).parameters if args else (), _CALL.get()
         kwargs |= dict(zip(names, args))
+        if kwargs.get("output_attentions", self.config.output_attentions) and not self.training:
+            raise ValueError("output_attentions: attention that is skipped has no weights")
         if voters is None and (labels := kwargs.get("labels")) is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-        elif voters is None and _CALL.get() is not None:
-            voters = _CALL.get().voters
-        return Call(voters, kwargs.get("attention_mask")).run(super().__call__, **kwargs)
+            if (labels[:, 0] != -100).any():
+                warnings.warn(
+                    "labels leave no prompt, so that the first token alone decides: pass voters", stacklevel=2
+                )
+        elif voters is None and outer is not None:
+            voters = outer.voters
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if voters is None and mask is None and ids is not None and ids.shape[1] > 1:
+            self.warn_if_padding_and_no_attention_mask(ids, mask)  # from transformers
+        return Call(voters, outer and outer.prompt, kwargs).run(super().__call__, **kwargs)
+
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((one.shape[1] for one in given if one is not None), None)
+        return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
 
 
 class _RoutedLayer:
@@ -264,6 +301,9 @@ class _RoutedLayer:
     def __call__(self, *args, **kwargs):
         if (call := _CALL.get()) is None:
             raise ValueError("a routed layer was called by itself: call the model, or its decoder")
+        checkpointed = getattr(self, "_gradient_checkpointing_func", None)
+        if self.training and getattr(checkpointed, "keywords", {}).get("use_reentrant"):
+            raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
         return super().__call__(*args, call=call, **kwargs)
 
     def forward(self, *args, call: Call, **kwargs):
@@ -271,10 +311,13 @@ class _RoutedLayer:
 
 
 # ---- Where a decision lives: with the KV cache.
+ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and token: rows can be left out
+
+
 class _RoutedCacheLayer(CacheLayerMixin):
     """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision."""
 
-    gate = rows = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
+    gate = rows = fixed = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
     def get_seq_length(self) -> int:
@@ -317,7 +360,7 @@ def _routed_cache_layer(cache: Cache, i: int) -> _RoutedCacheLayer:
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
     if not isinstance(layer := cache.layers[i], _RoutedCacheLayer):
-        if isinstance(layer, StaticLayer) or layer.get_seq_length() > 0:
+        if type(layer) not in ROUTABLE or layer.get_seq_length() > 0:
             raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
         layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
         _mix_in({layer: _RoutedCacheLayer})
@@ -326,9 +369,11 @@ def _routed_cache_layer(cache: Cache, i: int) -> _RoutedCacheLayer:
 
 # ---- Attaching and detaching.
 def attention_layers(model: nn.Module) -> list[int]:
-    """Layers that hold `self_attn`: all of most decoders; some of hybrids with linear attention."""
-    layers = getattr(model.get_decoder(), "layers", ())
-    return [i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is not None]
+    """Layers whose `self_attn` caches a key and a value for each token, as linear attention does not."""
+    layers, caches = getattr(model.get_decoder(), "layers", ()), DynamicCache(config=model.config).layers
+    kinds = [type(one) for one in caches] or [DynamicLayer] * len(layers)
+    fit = [getattr(layer, "self_attn", None) and kind in ROUTABLE for layer, kind in zip(layers, kinds)]
+    return [i for i, fits in enumerate(fit) if fits]
 
 
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
@@ -401,17 +446,23 @@ def _shape_of(model: nn.Module) -> dict:
 
 def save_routers(model: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None, **about) -> None:
     """Write routers, `state` (more tensors), and as metadata configuration and `about`; all or nothing."""
-    if not routers(model):
-        raise ValueError("the model has no routers to save: call add_mindskip first")
+    found = {router.config for router in routers(model)}
+    if len(found) != 1 or not all(weight.isfinite().all() for weight in router_parameters(model)):
+        raise ValueError(f"routers to save must be there, finite, and of one configuration: got {found}")
     tensors = {f"layers.{r.layer}.router.weight": r.weight.detach().cpu() for r in routers(model)}
-    described = {"config": asdict(routers(model)[0].config), "model": _shape_of(model), "about": about}
+    described = {"config": asdict(found.pop()), "model": _shape_of(model), "about": about}
     write(save(tensors | (state or {}), {"mindskip": json.dumps(described)}), path)
 
 
 def write(data: bytes, path: str | Path) -> None:
-    """All or nothing: a run that is killed leaves no half-written file."""
-    (partial := Path(f"{path}.partial")).write_bytes(data)
-    partial.replace(path)
+    """All or nothing: a run that is killed, or a disk that is full, leaves no half-written file."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from error
 
 
 def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, dict[str, Tensor]]:
@@ -426,9 +477,9 @@ def read_routers(path: str | Path, revision: str | None = None) -> tuple[dict, d
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         described["config"], size = MindSkipConfig(**described["config"]), described["model"]["hidden_size"]
         for weight in (tensors[f"layers.{i}.router.weight"] for i in described["config"].layers):
-            if weight.shape != (size,) or not weight.isfinite().all():
+            if weight.shape != (size,) or not weight.float().isfinite().all():
                 raise ValueError(f"a router is not finite, or not of {size} weights")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no MindSkip routers: {error}") from error
     return described, tensors
 

@@ -21,13 +21,13 @@ Differs from the paper:
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from torch import Tensor
@@ -83,17 +84,19 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
     draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
+    order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
+    while len(order) < args.steps * args.batch_size:
+        order += shuffle.sample(range(len(examples)), len(examples))
     model.eval()  # no dropout: the backbone is not trained
     for module in model.modules() if draws == 1 else ():  # set directly: train() would recurse
         is_checkpointed = getattr(module, "gradient_checkpointing", False)
         module.training = is_checkpointed or isinstance(module, mindskip.Router)
-    for step, batch in zip(range(1, args.steps + 1), batches(examples, args.batch_size, args.seed)):
-        if step <= done:
-            continue
+    for step in range(done + 1, args.steps + 1):
+        batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
         thresholds = torch.rand(
             len(weights), draws, args.batch_size
-        )  # a score is above with probability `score`
+        )  # a score s is above one with probability s
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
@@ -184,23 +187,17 @@ def collate(examples: list[dict], device: torch.device | str) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "voters": voters}
 
 
-def batches(examples: list[dict], size: int, seed: int):
-    """Endless shuffled batches; every example once before any comes again."""
-    generator, places = random.Random(seed), range(len(examples))
-    order = itertools.chain.from_iterable(generator.sample(places, len(places)) for _ in itertools.count())
-    while True:
-        yield [examples[i] for i in itertools.islice(order, size)]
-
-
-def load_examples(args, split: str, tokenizer) -> tuple[list[dict], str]:
-    """Examples of args.dataset, and a line that tells how many were cut at args.max_length, or dropped.
+def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
+    """Examples of the split that `flag` names, and a line that tells how many were cut, or dropped.
 
     ValueError if the data is not there, a row cannot be read, or no example has both a prompt and an answer.
     """
-    name, path, found, cut = f"--dataset {args.dataset}", Path(args.dataset), [], 0
+    name, path = f"--dataset {args.dataset}", Path(args.dataset)
+    examples, read, cut = [], 0, 0
+    split = getattr(args, flag.strip("-").replace("-", "_"))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
-    with naming(f"{name}, --split {split}"):
+    with naming(f"{name}, {flag} {split}"):
         if path.is_file() and not path.stat().st_size:
             raise ValueError("no examples: the file is empty")
         if path.is_file():
@@ -219,18 +216,16 @@ def load_examples(args, split: str, tokenizer) -> tuple[list[dict], str]:
     for i, row in enumerate(tqdm(rows, "reading", leave=False, disable=None)):
         with naming(f"{name}, row {i}: cannot read {', '.join(columns)}"):
             values = [row[column] for column in columns]
-            found += [(row, *one) for one in FORMATS[columns](tokenizer, *values, row)]
-    examples = []
-    for row, ids, prompt in found:
-        cut += len(ids) > args.max_length
-        ids = ids[: args.max_length]
-        prompt = (len(ids) + 1) // 2 if prompt is None else prompt
-        if 0 < prompt < len(ids):
-            examples.append({"task": str(row.get("task", "all")), "ids": ids, "prompt": prompt})
-    told = f"{len(examples):,} examples ({len(found):,} read, {cut:,} cut at {args.max_length:,} tokens, "
-    told += f"{len(found) - len(examples):,} dropped: no prompt or answer left, or refused by the template)"
+            found = FORMATS[columns](tokenizer, *values, row)
+        for ids, prompt in found:
+            read, cut, ids = read + 1, cut + (len(ids) > args.max_length), ids[: args.max_length]
+            prompt = (len(ids) + 1) // 2 if prompt is None else prompt
+            if 0 < prompt < len(ids):
+                examples.append({"task": str(row.get("task", "all")), "ids": ids, "prompt": prompt})
+    told = f"{len(examples):,} examples ({read:,} read, {cut:,} cut at {args.max_length:,} tokens, "
+    told += f"{read - len(examples):,} dropped: no prompt or answer left, or refused by the template)"
     if not examples:
-        raise ValueError(f"{name}: {told}; raise --max-length {args.max_length}?")
+        raise ValueError(f"{name}: {told}" + (f"; raise --max-length {args.max_length}?" if cut else ""))
     return examples, told
 
 
@@ -284,6 +279,8 @@ def from_pretrained(auto: type, args, **options):
     with naming(f"--model {args.model}"):
         if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model[0] in "./~"):
             raise ValueError("no such folder, and not a Hub id (owner/name)")
+        if Path(args.model).is_dir() and args.revision:
+            raise ValueError(f"--revision {args.revision} is for a Hub id, and this is a folder")
         options |= {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         return auto.from_pretrained(args.model, **options)
 
@@ -298,18 +295,27 @@ def load_model(args, examples: list[dict]) -> torch.nn.Module:
     options = {"dtype": getattr(torch, dtype), "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, found = from_pretrained(AutoModelForCausalLM, args, device_map=args.device_map, **options)
-    for what in ("missing", "mismatched"):  # transformers would go on with random ones
+    for what in ("missing", "mismatched", "unexpected"):  # transformers would go on without
         if keys := sorted(found[f"{what}_keys"]):
             raise ValueError(f"{name}: {len(keys)} weights are {what}, among them {keys[0]}")
     for weight, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.isfinite().all():
             raise ValueError(f"{name}: {weight} is not finite in {dtype}, or on no device")
+    longest, places = max(len(one["ids"]) for one in examples), positions(model)
+    if longest > places:
+        raise ValueError(
+            f"{name}: an example has {longest} tokens, the model {places} positions; use --max-length"
+        )
     known, highest = model.get_input_embeddings().num_embeddings, max(max(one["ids"]) for one in examples)
     if highest >= known:
         raise ValueError(f"{name}: the tokenizer gives token {highest}, but the model has {known}")
     if not args.device_map:
         model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     return model.eval().requires_grad_(False)
+
+
+def positions(model) -> float:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def default_layers(model) -> tuple[int, ...]:
@@ -369,11 +375,16 @@ def command(main):
         for library in (datasets.logging, transformers.utils.logging):  # what fails there is raised, too
             library.set_verbosity(library.CRITICAL)
             library.disable_progress_bar()
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a task's name
         try:
             return main(argv)
         except KeyboardInterrupt:
             status, message = 130, "stopped"
-        except torch.OutOfMemoryError:
+        except BrokenPipeError:  # of `| head`: nobody reads on
+            os._exit(0)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
             status, message = 2, "error: out of memory; take a smaller --micro-batch-size"
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             status, message = 2, f"error: {error}"
@@ -415,9 +426,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume:
         with naming(f"--resume {args.resume}"):
-            about = mindskip.read_routers(Path(args.resume, "routers.safetensors"))[0]["about"]
-            if "step" not in about:
+            described, state = mindskip.read_routers(Path(args.resume, "routers.safetensors"))
+            if "step" not in (about := described["about"]):
                 raise ValueError("this run is finished")
+            if missing := {"exp_avg", "exp_avg_sq", "keep"} - set(state):
+                raise ValueError(f"its progress lacks {missing}")
         parser.set_defaults(**about["arguments"])
         args = parser.parse_args(argv)
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
@@ -445,13 +458,19 @@ def main(argv: list[str] | None = None) -> None:
         skeleton = AutoModelForCausalLM.from_config(plan, trust_remote_code=args.trust_remote_code)
     config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
     add_mindskip(skeleton, config)
-    examples, told = load_examples(args, args.split, from_pretrained(AutoTokenizer, args))
+    examples, told = load_examples(args, "--split", from_pretrained(AutoTokenizer, args))
     model, path, done, state = load_model(args, examples), folder / "routers.safetensors", 0, None
+    hashes = [torch.hash_tensor(weight).item() for weight in model.parameters()]
+    prints = {"data": zlib.crc32(json.dumps(examples).encode()), "weights": zlib.crc32(repr(hashes).encode())}
     add_mindskip(model, config)
     if args.resume:
         described, state = mindskip.read_routers(path)
         done = described["about"]["step"]
         mindskip.load_routers(model, path)
+        if (before := described["about"]["fingerprints"]) != prints:
+            raise ValueError(
+                f"--resume {folder}: data or weights changed; fingerprints were {before}, are {prints}"
+            )
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # else frozen lower layers run backward, for the embeddings
@@ -460,12 +479,15 @@ def main(argv: list[str] | None = None) -> None:
     commit = None  # of a model from the Hub
     if not Path(args.model).is_dir():
         commit = Path(try_to_load_from_cache(args.model, "config.json", revision=args.revision)).parent.name
-    about = {"base_model": args.model, "revision": commit}
+    about = {"base_model": args.model, "revision": commit, "fingerprints": prints}
     about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     arguments = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     started = time.perf_counter()
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=0)
+        with naming(f"{folder}: another run writes there"):
+            lock.acquire()
         for name in ("results.json", "results.png", "tasks.json"):  # of an earlier run
             (folder / name).unlink(missing_ok=True)
         log = open(folder / "log.jsonl", "a" if done else "w", buffering=1)
@@ -491,6 +513,9 @@ def main(argv: list[str] | None = None) -> None:
         mindskip.save_routers(model, path, keep_ratio=measured, arguments=arguments, **about)
         threshold, seconds = mindskip.routers(model)[0].config.threshold, time.perf_counter() - started
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
+        if abs(measured - args.capacity) > 0.05:
+            print(f"WARNING: {measured:.2f} of the gates are open, not {args.capacity}; try more --steps")
+        lock.release()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -49,7 +49,7 @@ def main() -> None:
     args = tune.parse_arguments(flags)
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train, _ = tune.load_examples(args, args.split, tokenizer)
+    train, _ = tune.load_examples(args, "--split", tokenizer)
     held_out, averages = development_examples(tokenizer, train, 150), []
     for args.seed in mine.seeds:
         start, model = time.perf_counter(), tune.load_model(args, train)

@@ -119,6 +119,15 @@ def finished(folder):
     shutil.copy(folder / "routers.safetensors", folder / "runs" / "done")
 
 
+def halfway(folder, **more):
+    """A run that was stopped after three steps, on other data."""
+    (folder / "runs" / "halfway").mkdir(parents=True)
+    model = build_routed(vocab_size=128)
+    state = {"exp_avg": torch.ones(1), "keep": torch.ones(1)} | more
+    about = {"step": 3, "arguments": {"layers": [2, 3, 4]}, "fingerprints": {"data": 1, "weights": 2}}
+    mindskip.save_routers(model, folder / "runs" / "halfway" / "routers.safetensors", state, **about)
+
+
 def nothing(folder):
     pass
 
@@ -159,6 +168,20 @@ TUNE = {
         [], edit_weights(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), "model.norm.weight is not"),
     "weights of which one is missing": (
         [], edit_weights(lambda weights: weights.pop("model.layers.3.mlp.up_proj.weight")), "1 weights are missing"),
+    "weights that the model does not know": (
+        [], edit_weights(lambda weights: weights.update({"model.layers.3.self_attn.q_proj.bias": torch.ones(64)})),
+        "1 weights are unexpected, among them model.layers.3.self_attn.q_proj.bias"),
+    "more layers than the configuration says": (
+        [], edit_config(num_hidden_layers=5, layer_types=None), "weights are unexpected, among them model.layers.5."),
+    "examples longer than the model": (
+        [], edit_config(max_position_embeddings=4), "has 14 tokens, the model 4 positions; use --max-length"),
+    "a revision of a folder": (["--revision", "main"], nothing, "--revision main is for a Hub id"),
+    "text that is not UTF-8": (FILE, lambda folder: (folder / "rows.jsonl").write_bytes(b'{"prompt": "\xff"}'), "--dataset rows.jsonl"),
+    "an empty conversation": (FILE, rows({"messages": []}), "1 dropped: no prompt or answer left, or refused by the template)"),
+    "a role that nobody has": (FILE, rows({"messages": [{"role": "?", "content": "a"}]}), "1 dropped: no prompt or answer left"),
+    "a template with a mistake": (
+        FILE, lambda folder: (rows({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})(folder),
+        make_tokenizer(chat_template="{{ 1 / 0 }}").save_pretrained(folder / "model")), "row 0: cannot read messages: division by zero"),
     "weights of another shape": ([], edit_config(intermediate_size=80), "18 weights are mismatched"),
     "a configuration without sense": ([], edit_config(num_attention_heads=0), "--model model"),
     "a tokenizer file that is broken": ([], text('{"model": {"type": "WrdLevel"}}', "model/tokenizer.json"), "--model"),
@@ -187,6 +210,9 @@ TUNE = {
     "a used folder": (["--name", "used"], used, "choose another --name, --overwrite or --resume it"),
     "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "Not a directory: 'runs/x'"),
     "nothing to resume": (["--resume", "runs/nothing"], nothing, "runs/nothing"),
+    "progress without its moments": (["--resume", "runs/halfway"], halfway, "its progress lacks {'exp_avg_sq'}"),
+    "progress on other data": (
+        ["--resume", "runs/halfway"], lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "data or weights changed"),
     "a finished run to resume": (["--resume", "runs/done"], finished, "--resume runs/done: this run is finished"),
 }  # fmt: skip
 
@@ -302,9 +328,16 @@ EVALUATE = {
     "a truncated routers file": ([], truncated("routers.safetensors"), "holds no MindSkip routers"),
     "a foreign safetensors file": ([], foreign, "holds no MindSkip routers"),
     "a pickled file": ([], pickled_routers, "holds no MindSkip routers"),
-    "routers that are not finite": ([], edit_routers(not_finite), "the router of layer 3 is not finite"),
+    "routers that are not finite": ([], edit_routers(not_finite), "a router is not finite"),
+    "metadata that is null": ([], edit_routers(lambda _, metadata: metadata.update(mindskip="null")), "holds no MindSkip routers"),
+    "metadata that is nested": (
+        [], edit_routers(lambda _, metadata: metadata.update(mindskip="[" * 100_000)), "holds no MindSkip routers"),
+    "timed prompts longer than the model": (["--prompt-length", "250"], nothing, "--prompt-length 250: the model has 256 positions"),
+    "shots without tasks": (["--num-fewshot", "5"], nothing, "--tasks None: name tasks"),
+    "a limit without tasks": (["--task-limit", "5"], nothing, "--tasks None: name tasks"),
+    "no tasks": (["--tasks", ""], nothing, "--tasks : name tasks"),
     "a router that is missing": ([], edit_routers(one_missing), "layers.3.router.weight"),
-    "a router of another length": ([], edit_routers(one_short), "or does not fit"),
+    "a router of another length": ([], edit_routers(one_short), "or not of 64 weights"),
     "a granularity of another kind": ([], edit_routers(broken_metadata), "granularity must be"),
     "routers of another width": ([], save_other(hidden_size=32), "'hidden_size': 32"),
     "routers of another depth": ([], save_other(num_hidden_layers=8), "'num_hidden_layers': 8"),
@@ -313,7 +346,7 @@ EVALUATE = {
     "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length: 0: must be"),
     "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size: 0: must be"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
-    "no such calibration split": (["--calibration-split", "dev"], nothing, 'Unknown split "dev"'),
+    "no such calibration split": (["--calibration-split", "dev"], nothing, "--calibration-split dev: Unknown split"),
     "an output folder that is a file": (["--output", "routers.safetensors"], nothing, "routers.safetensors"),
     "negative shots": (["--num-fewshot", "-1"], nothing, "--num-fewshot: -1: must be"),
 }  # fmt: skip
@@ -323,7 +356,17 @@ EVALUATE = {
 def test_evaluate_refuses(case, folder, capfd):
     arguments, prepare, message = EVALUATE[case]
     prepare(folder)
-    arguments = ["--model", "model", "--dataset", "data", "--routers", "routers.safetensors", *arguments]
+    arguments = [
+        "--model",
+        "model",
+        "--dataset",
+        "data",
+        "--routers",
+        "routers.safetensors",
+        "--prompt-length",
+        "64",
+        *arguments,
+    ]
     assert message in refused(evaluate.main, arguments, folder, capfd)
 
 
@@ -349,6 +392,130 @@ def test_tasks_that_cannot_be_scored(task, message, folder, capfd):
     arguments = ["--model", "model", "--dataset", "data", "--routers", "routers.safetensors"]
     arguments += ["--tasks", task, "--include-path", str(Path(__file__).parent / "tasks")]
     assert message in refused(evaluate.main, arguments, folder, capfd)
+
+
+def outcome(folder, *arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, **options)
+
+
+def small_run(folder, *more) -> list[str]:
+    arguments = ["--model", "model", "--dataset", "data", "--steps", "3", "--layers", "2,3", *more]
+    tune.main(arguments)
+    return [
+        "--model",
+        "model",
+        "--dataset",
+        "data",
+        "--routers",
+        "runs/demo",
+        "--repeats",
+        "2",
+        "--prompt-length",
+        "9",
+    ]
+
+
+def test_logits_that_are_not_finite_stop_the_evaluation(folder, capfd, monkeypatch):
+    arguments, score = small_run(folder), tune.score
+
+    def scored(model, examples):
+        nats, correct = score(model, examples)
+        return nats.masked_fill(torch.tensor([one["ids"] == row for one in examples]), float("nan")), correct
+
+    row = tune.load_examples(tune.parse_arguments(arguments[:4]), "--split", make_tokenizer())[0][7]["ids"]
+    monkeypatch.setattr(evaluate, "score", scored)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2 and "the loss of examples [7] is not finite" in capfd.readouterr().err
+    assert not (folder / "runs" / "demo" / "results.json").exists()
+
+
+def test_a_budget_that_is_missed_and_routers_of_another_model_are_told(folder, capfd):
+    arguments = small_run(folder, "--lr", "0", "--capacity", "0.5")
+    assert "WARNING: 1.00 of the gates are open, not 0.5" in capfd.readouterr().out
+    shutil.copytree(folder / "model", folder / "copy")
+    evaluate.main(["--model", "copy", *arguments[2:]])
+    assert "WARNING: these routers were tuned on model" in capfd.readouterr().out
+
+
+def test_one_example_of_a_task_has_no_standard_error(folder, capfd):
+    save_rows(
+        folder / "data" / "test.jsonl", question_rows(11)
+    )  # 0 to 3 have one digit, 4 to 9 two, 10 three
+    evaluate.main(small_run(folder))
+    row = json.loads((folder / "runs" / "demo" / "results.json").read_text())["quality"]["mindskip"]
+    assert row["standard_error"] is None and row["paired_standard_error"] is None and row["average"] >= 0
+    assert " nan " in capfd.readouterr().out
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_lives(folder, capfd):
+    small_run(folder)
+    lock = tune.FileLock(folder / "runs" / "demo" / "lock")
+    with lock, pytest.raises(SystemExit):
+        small_run(folder, "--overwrite")
+    assert "another run writes there" in capfd.readouterr().err
+    small_run(folder, "--overwrite")
+
+
+def test_torchrun_without_its_variables_deletes_nothing(folder, capfd, monkeypatch):
+    small_run(folder)
+    before = tree(folder)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        small_run(folder, "--overwrite")
+    assert "WORLD_SIZE" in capfd.readouterr().err and tree(folder) == before
+
+
+def test_no_memory_on_a_cpu_is_one_line(folder, capfd, monkeypatch):
+    monkeypatch.setattr(tune, "tune", lambda *arguments: torch.empty(2**60))
+    with pytest.raises(SystemExit) as stop:
+        small_run(folder)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "out of memory" in error and len(error.strip().splitlines()) == 1
+
+
+def test_moments_that_are_not_finite_leave_the_routers_alone(tmp_path):
+    model, path = build_routed(), tmp_path / "routers.safetensors"
+    mindskip.save_routers(model, path)
+    before = path.read_bytes()
+    model_after = build_routed()
+    state = {name: torch.full((3, 64), float("nan")) for name in ("exp_avg", "exp_avg_sq")} | {
+        "keep": torch.ones(1)
+    }
+    examples = [{"task": "all", "ids": [1, 5, 6, 7], "prompt": 2}] * 16
+    args = tune.parse_arguments(["--steps", "3", "--batch-size", "4"])
+    with pytest.raises(ValueError, match="finite"):
+        tune.tune(
+            model_after, examples, args, 1, state, lambda *step: mindskip.save_routers(model_after, path)
+        )
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    (tmp_path / "x.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="x: .*No space left"):
+        mindskip.write(b"data", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_a_terminal_does_not_know(folder):
+    for split in ("train", "test"):
+        save_rows(folder / "data" / f"{split}.jsonl", [{**row, "task": "größe"} for row in question_rows()])
+    arguments = small_run(folder)
+    done = outcome(folder, ROOT / "evaluate.py", *arguments, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "gr??e" in done.stdout, done.stderr
+
+
+def test_a_reader_that_stops_reading(folder):
+    arguments = " ".join(["--model", "model", "--dataset", "data", "--steps", "30"])
+    done = outcome(folder, "-c", "", env=os.environ)  # python starts at all
+    assert done.returncode == 0
+    shell = f"{sys.executable} {ROOT / 'tune.py'} {arguments} | head -n 1"
+    done = subprocess.run(shell, shell=True, cwd=folder, capture_output=True, text=True)
+    assert done.stdout.startswith("model model") and not done.stderr
 
 
 ITSELF = {  # what libraries may tell beside an error shows only here, where nothing captures their loggers

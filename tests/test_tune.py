@@ -47,7 +47,7 @@ def load_model(name, **changes) -> torch.nn.Module:
 
 
 def load_demo(split: str) -> list[dict]:
-    return tune.load_examples(settings(), split, AutoTokenizer.from_pretrained(tune.DEMO))[0]
+    return tune.load_examples(settings(split=split), "--split", AutoTokenizer.from_pretrained(tune.DEMO))[0]
 
 
 def examples(count: int = 64, seed: int = 0) -> list[dict]:
@@ -141,10 +141,14 @@ def test_collate_lets_prompts_vote_and_answers_carry_the_loss():
     assert batch["voters"].tolist() == [[True, True, True, False, False], [True, False, False, False, False]]
 
 
-def test_batches_visit_every_example_before_any_again():
-    stream = tune.batches(list(range(10)), 4, seed=0)
-    seen = [example for _ in range(5) for example in next(stream)]
-    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+def test_batches_visit_every_example_before_any_again(monkeypatch):
+    model, seen, score = frozen(), [], tune.score
+    monkeypatch.setattr(tune, "score", lambda model, batch: seen.extend(batch) or score(model, batch))
+    data = examples(10)
+    tune.tune(model, data, settings(steps=5, batch_size=4, estimator="straight-through"))
+    places = [next(i for i, one in enumerate(data) if one is example) for example in seen]
+    assert sorted(places[:10]) == list(range(10)) and sorted(places[10:]) == list(range(10))
+    assert places[:10] != places[10:]
 
 
 def test_the_default_layers_are_the_deepest_half_but_the_last():
@@ -221,7 +225,9 @@ def recorded_gates(monkeypatch) -> list[torch.Tensor]:
 def test_gates_are_drawn_with_the_probability_of_their_scores_and_independently(monkeypatch):
     model, (example,) = with_small_scores((1, 2)), examples(1)
     model(**tune.collate([example], "cpu"))
-    score = torch.sigmoid(tune.last(model, "logit")[0, 0]).item()  # of the first; the second sees other inputs
+    score = torch.sigmoid(
+        tune.last(model, "logit")[0, 0]
+    ).item()  # of the first; the second sees other inputs
     assert 0.1 < score < 0.9
     gates = recorded_gates(monkeypatch)
     tune.tune(model, [example] * 2000, settings(steps=1, batch_size=2000, lr=0.0))
