@@ -36,8 +36,9 @@ import math
 import random
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,12 +46,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import mindskip
-from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip
-from tune import CALIBRATION, Parser, collate, command, describe, from_pretrained, load_examples, load_model
-from tune import naming, number, positions, score
+from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip, take_rows
+from tune import CALIBRATION, Parser, collate, command, default_layers, describe, from_pretrained
+from tune import load_examples, load_model, naming, number, place, positions, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
 
@@ -223,37 +224,52 @@ def clock(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def measure(rows: dict, prompts: torch.Tensor, new_tokens: int, repeats: int) -> dict[str, dict]:
-    """Time rows, {name: function that gives a context with the model}, in turn, after one warm-up.
+def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: int) -> dict[str, dict]:
+    """Time rows, {name: for each group of prompts (b, T), a function that gives a context with the model}.
 
-    The order rotates, so that each repeat gives a ratio to dense, the first row, on the same machine's state.
+    Times are sums over groups. Rows take turns, in an order that rotates, so that each repeat gives a ratio to
+    dense, the first row, on the same machine's state.
     """
-    names, results = list(rows), {name: {"prefill": [], "decode": []} for name in rows}
-    for repeat in tqdm(range(-1, repeats), "timing", leave=False, disable=None):
+    names, times = list(rows), {(name, phase): [] for name in rows for phase in ("prefill", "decode")}
+    results = {name: weigh(rows[name], prompts, new_tokens) for name in names}  # the warm-up, too
+    for repeat in tqdm(range(repeats), "timing", leave=False, disable=None):
         for name in names[repeat % len(rows) :] + names[: repeat % len(rows)]:
-            with rows[name]() as model:
-                start = clock(prompts.device)
-                cache, token = prefill(model, prompts)
-                between = clock(prompts.device)
-                decode(model, cache, token, new_tokens)
-                end = clock(prompts.device)
-                if repeat >= 0:
-                    results[name]["prefill"].append(between - start)
-                    results[name]["decode"].append((end - between) / new_tokens)
-                    continue
-                held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
-                results[name]["kv_kib"] = sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
-                results[name]["peak_mib"] = peak_bytes(model, prompts, new_tokens) / 2**20
-                routed = [router.layer for router in mindskip.routers(model)]
-                kept = last(model, "gate").mean(1).tolist() if routed else []
-                results[name]["kept"] = dict(zip(routed, kept))
-    first = dict(results[names[0]])
-    for row in results.values():
-        for phase in ("prefill", "decode"):
-            q1, median, q3 = statistics.quantiles(row[phase], n=4, method="inclusive")
-            speedup = statistics.median(base / value for base, value in zip(first[phase], row[phase]))
-            row[phase] = {"median": median, "q1": q1, "q3": q3, "speedup": speedup}
+            clocks = []
+            for context, group in zip(rows[name], prompts):
+                with context() as model:
+                    clocks.append([clock(group.device)])
+                    cache, token = prefill(model, group)
+                    clocks[-1].append(clock(group.device))
+                    decode(model, cache, token, new_tokens)
+                    clocks[-1].append(clock(group.device))
+            times[name, "prefill"].append(sum(between - start for start, between, _ in clocks))
+            times[name, "decode"].append(sum(end - between for _, between, end in clocks) / new_tokens)
+    for (name, phase), mine in times.items():
+        dense, limit = times[names[0], phase], times.get((f"{name}, removed", phase))
+        q1, median, q3 = statistics.quantiles(mine, n=4, method="inclusive")
+        found = {"median": median, "q1": q1, "q3": q3, "all": mine, "of_limit": math.nan}
+        found["speedup"] = statistics.median(base / value for base, value in zip(dense, mine))
+        if limit:
+            saved = statistics.median(dense) - statistics.median(limit)
+            found["of_limit"] = (statistics.median(dense) - median) / saved
+        results[name][phase] = found
     return results
+
+
+def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
+    """KiB of keys and values after decoding, most MiB allocated, and by routed layer the fraction of kept rows."""
+    found = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}
+    for context, group in zip(contexts, prompts):
+        with context() as model:
+            found["peak_mib"] = max(found["peak_mib"], peak_bytes(model, group, new_tokens) / 2**20)
+            cache, token = prefill(model, group)
+            decode(model, cache, token, new_tokens)
+            held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
+            found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
+            for router in mindskip.routers(model):
+                share = router.gate.mean().item() / len(prompts)
+                found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
+    return found
 
 
 class Watch(TorchDispatchMode):
@@ -303,39 +319,101 @@ def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
 
 def multiplied(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
     """A copy, of the same weights, whose attention is computed and then multiplied by the gates (B,)."""
-    tensors = [*model.parameters(), *model.buffers()]
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    model = copied(model)
     for i, gate in gates.items():
 
-        def multiply(module, args, output, gate=gate.view(-1, 1, 1)):
-            return output[0] * gate.to(output[0].dtype), *output[1:]
+        def multiply(module, args, output, gate=gate):
+            return output[0] * gate.view(-1, 1, 1).to(output[0].dtype), *output[1:]
 
         model.get_decoder().layers[i].self_attn.register_forward_hook(multiply)
     return model
 
 
+def copied(model) -> torch.nn.Module:
+    """Other modules, of the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+class Removed:
+    """Mixed into decoder layers of Llama's kind: attention and its norm see the first `kept` rows alone.
+
+    The limit: no gate, no index, no zeros. Weights are read, and keys kept, for those rows.
+    """
+
+    def forward(self, x, **kwargs):
+        if self.kept == len(x):
+            return super().forward(x, **kwargs)
+        if self.kept:
+            some = {name: take_rows(value, slice(self.kept), len(x)) for name, value in kwargs.items()}
+            x[: self.kept] += self.self_attn(hidden_states=self.input_layernorm(x[: self.kept]), **some)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def removed(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
+    """A copy, of the same weights: each layer of `gates` has attention on as many rows as are open."""
+    model = copied(model)
+    for i, gate in gates.items():
+        layer = model.get_decoder().layers[i]
+        layer.kept = int(gate.sum())
+        mindskip._mix_in({layer: Removed})
+    return model
+
+
 @torch.no_grad()
-def compare_cost(model, path, closed: tuple, keep: float, prompts: torch.Tensor, args) -> dict[str, dict]:
-    """Time and count rows. A static drop costs the same whichever layers it closes."""
-    dense = multiplied(remove_mindskip(model), {})
-    layers = [router.layer for router in mindskip.routers(load_routers(model, path))]
-    prefill(model, prompts)
-    gates, generator = dict(zip(layers, last(model, "gate"))), torch.Generator().manual_seed(args.seed)
-    drawn = {i: torch.rand(len(prompts), generator=generator) < keep for i in layers}
-    multiply = multiplied(dense, gates)
-    rows = {
-        "dense": lambda: nullcontext(dense),
-        "mindskip": lambda: nullcontext(model),
-        "static": lambda: fix_gates(model, {i: k >= len(closed) for k, i in enumerate(layers)}),
-        "random": lambda: fix_gates(model, drawn),
-        "multiply": lambda: nullcontext(multiply),
-    }
-    cost = measure(rows, prompts, args.new_tokens, args.repeats)
-    length = args.prompt_length
+def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, args) -> dict[str, dict]:
+    """Time and count ways to route, {name: gates {layer: (B,) bool}, or None: routers decide}.
+
+    prompts: (B, T), run `size` rows at a time. A row "NAME, removed" is the limit of NAME; it is left out where
+    layers are not of Llama's kind.
+    """
+    groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
+    closed, has_limit = dict.fromkeys(layers, torch.zeros(size, dtype=torch.bool)), False
+    with suppress(AttributeError), fix_gates(routed, closed):
+        expected, found = routed(groups[0]).logits, removed(dense, closed)(groups[0]).logits
+        has_limit = torch.allclose(expected, found, rtol=0.01, atol=0.01 * expected.abs().max())
+    rows, multiply = {"dense": [partial(nullcontext, dense)] * len(groups)}, []
+    for name, gates in ways.items():
+        row, limit = [], []
+        for k, group in enumerate(groups):
+            some = {i: gate[k * size :][:size] for i, gate in (gates or {}).items()}
+            row.append(partial(fix_gates, routed, some))
+            with row[k]():
+                prefill(routed, group)
+            found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
+            limit.append(partial(nullcontext, removed(dense, found)))
+            multiply.append(partial(nullcontext, multiplied(dense, found)))
+        rows |= {name: row} | ({f"{name}, removed": limit} if has_limit else {})
+    rows["multiply"] = multiply[: len(groups)]  # by the gates of the first way
+    cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
+    for name in ways:
+        cost.get(f"{name}, removed", {})["kept"] = cost[name]["kept"]
     for row in cost.values():
         row["keep"] = statistics.mean(row["kept"].values()) if row["kept"] else 1.0
-        row["prefill_gflop"] = forward_flops(model, length, length, row["kept"]) / 1e9
-        row["decode_mflop"] = forward_flops(model, 1, length + args.new_tokens, row["kept"]) / 1e6
+        row["prefill_gflop"] = forward_flops(dense, length, length, row["kept"]) / 1e9
+        row["decode_mflop"] = forward_flops(dense, 1, length + args.new_tokens, row["kept"]) / 1e6
+    return cost
+
+
+def what_if(args) -> dict[str, dict]:
+    """Cost of a model of random weights, made on its device: rows that agree, or don't, at --keep."""
+    device, dtype = place(args)
+    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
+    options |= {"trust_remote_code": args.trust_remote_code}
+    with torch.device(device):
+        dense = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, args), **options)
+    dense.eval().requires_grad_(False)
+    layers = args.layers or default_layers(dense)
+    routed = mindskip.add_mindskip(copied(dense), mindskip.MindSkipConfig(layers))
+    count, generator, cost = max(args.batch_size), torch.Generator().manual_seed(args.seed), {}
+    is_open = [k >= round((1 - args.keep) * len(layers)) for k in range(len(layers))]
+    ways = {"rows agree": {i: torch.full((count,), o) for i, o in zip(layers, is_open)}}
+    ways["rows differ"] = {i: torch.randperm(count, generator=generator) < args.keep * count for i in layers}
+    print(describe(dense, args) + " | random weights")
+    for length, size in itertools.product(args.prompt_length, args.batch_size):
+        prompts = torch.randint(dense.config.vocab_size, (count, length), generator=generator).to(device)
+        name = f"{length} tokens, {size} at a time"
+        cost[name] = compare_cost(dense, routed, ways, prompts, size, args)
+        print("\n" + table(name, cost[name], COST))
     return cost
 
 
@@ -421,9 +499,10 @@ QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
            "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
 COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
         "prefill ms": "{prefill[median]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
-        "x": "{prefill[speedup]:.2f}",
+        "x": "{prefill[speedup]:.2f}", "of limit": "{prefill[of_limit]:.2f}",
         "decode ms": "{decode[median]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
-        "x ": "{decode[speedup]:.2f}", "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
+        "x ": "{decode[speedup]:.2f}", "of limit ": "{decode[of_limit]:.2f}",
+        "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
 # fmt: on
 
 
@@ -456,9 +535,9 @@ def plot(results: dict, path: Path) -> None:
         (0.78, 0.25): "closed:  attention is not called,\nnothing is cached",
         (0.5, -0.04): "residual stream, then the MLP",
     }
-    for place, text in boxes.items():
+    for at, text in boxes.items():
         look = {"boxstyle": "round,pad=0.5", "facecolor": "#dbe9f6", "edgecolor": "#2171b5"}
-        left.text(*place, text, ha="center", va="center", bbox=look, fontsize=10)
+        left.text(*at, text, ha="center", va="center", bbox=look, fontsize=10)
     for start, end in ((0, 1), (1, 2), (2, 3), (2, 4), (3, 5), (4, 5)):
         (x, y), (to_x, to_y) = [*boxes][start], [*boxes][end]
         arrow = {"arrowstyle": "->", "color": "#2171b5"}
@@ -488,10 +567,18 @@ def parse_arguments(argv: list[str] | None = None):
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the random gates")
     add("--plot", action="store_true", help="a figure, too; needs the extra `plot`")
     add = parser.add_argument_group("cost").add_argument
-    add("--prompt-length", type=number(int, 1), default=512, help="tokens in each timed prompt")
+    add(
+        "--prompt-length",
+        type=number(int, 1, many=True),
+        default=(128, 512, 2048),
+        help="tokens of timed prompts",
+    )
     add("--new-tokens", type=number(int, 1), default=16, help="decode passes after each prompt")
-    add("--batch-size", type=number(int, 1), default=8, help="timed prompts at a time")
-    add("--repeats", type=number(int, 2), default=10, help="timed repeats of every row")
+    add("--batch-size", type=number(int, 1, many=True), default=(1, 8), help="timed prompts at a time")
+    add("--repeats", type=number(int, 2), default=5, help="timed repeats of every row")
+    add("--what-if", action="store_true", help="only time --model, with random weights and gates")
+    add("--keep", type=number(float, 0, 1), default=0.5, help="what-if: keep ratio")
+    add("--layers", type=number(int, 1, many=True), help="what-if: routed layers, as 3,4; None: as tune.py")
     add = parser.add_argument_group("standard benchmarks, instead; needs the extra `tasks`").add_argument
     add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
     add("--num-fewshot", type=number(int, 0, 1000), help=f"shots; None: {FEWSHOT}, else 0")
@@ -511,6 +598,10 @@ def main(argv: list[str] | None = None) -> None:
             import matplotlib
 
             matplotlib.use("Agg")
+    if args.what_if:
+        cost, folder = what_if(args), Path(args.output or "runs/what-if")
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_json({"arguments": vars(args), "cost": cost}, folder / "what-if.json")
     path, names = Path(args.routers), args.tasks.split(",") if args.tasks else []
     if not path.exists() and (args.routers.count("/") != 1 or path.suffix == ".safetensors"):
         raise ValueError(f"--routers {path}: no such file, and not a Hub id (owner/name); run tune.py first")
@@ -523,8 +614,10 @@ def main(argv: list[str] | None = None) -> None:
     train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
     test, told = ([], f"{len(names)} tasks") if names else load_examples(args, "--split", tokenizer)
     model = load_model(args, train + test)
-    if not names and args.prompt_length + args.new_tokens > positions(model):
-        raise ValueError(f"--prompt-length {args.prompt_length}: the model has {positions(model)} positions")
+    if not names and max(args.prompt_length) + args.new_tokens > positions(model):
+        raise ValueError(
+            f"--prompt-length {max(args.prompt_length)}: the model has {positions(model)} positions"
+        )
     layers, ours = attach(model, path)
     beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
     folder = Path(args.output or beside)
@@ -554,13 +647,23 @@ def main(argv: list[str] | None = None) -> None:
     by_layer = {f"layer {i}": f"{{layers[{k}]:.2f}}" for k, i in enumerate(layers)} | {"all": "{all:.2f}"}
     rows = {name: {"layers": row, "all": statistics.mean(row)} for name, row in keep.items()}
     print(table("keep ratio", rows, by_layer) + "\n")
-    prompts = long_prompts(test, args.batch_size, args.prompt_length).to(model.device)
-    cost = compare_cost(model, path, chosen["similarity"], quality["mindskip"]["keep"], prompts, args)
+    dense, routed = copied(remove_mindskip(model)), load_routers(model, path)
+    count, closed, cost = max(args.batch_size), len(chosen["similarity"]), {}
+    ways = {"mindskip": None, "static": {i: torch.full((count,), k >= closed) for k, i in enumerate(layers)}}
+    for length, size in itertools.product(args.prompt_length, args.batch_size):
+        prompts, name = (
+            long_prompts(test, count, length).to(model.device),
+            f"{length} tokens, {size} at a time",
+        )
+        cost[name] = compare_cost(dense, routed, ways, prompts, size, args)
+        print(table(name, cost[name], COST) + "\n")
     results |= {"quality": quality, "static_layers": chosen, "keep_by_task": keep, "cost": cost}
     write_json(results, folder / "results.json")
-    print(table("cost", cost, COST))
-    print(f"{args.batch_size} prompts of {args.prompt_length} tokens, {args.new_tokens} new tokens; ", end="")
-    print(f"median of {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")
+    print(
+        f"sums over {count} prompts, {args.new_tokens} new tokens each; median of {args.repeats} repeats",
+        end="",
+    )
+    print(f" [quartiles]; {torch.get_num_threads()} threads")
     if args.plot:
         plot(results, folder / "results.png")
 

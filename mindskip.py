@@ -72,6 +72,8 @@ class Router(nn.Module):
     def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))  # all scores 0.5: the dense model
+        # What closed attention adds to the residual stream, if it is added at once; no part of the state.
+        self.register_buffer("nothing", torch.zeros(1, 1, hidden_size), persistent=False)
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
@@ -197,13 +199,13 @@ class _GatedAttention:
             router.gate, router.logit = memory.gate, None
         if len(rows := memory.rows) == len(hidden_states):
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
-        output = torch.zeros_like(hidden_states)
         if len(rows) == 0:
-            return output, None
-        x = self.normalise(hidden_states[rows]) if x is None else x[rows]  # (kept rows, T, D)
-        kwargs = {name: _take_rows(value, rows, len(output)) for name, value in kwargs.items()}
+            return router.nothing if self.own_norm else torch.zeros_like(hidden_states), None
+        output = torch.zeros_like(hidden_states)
+        x = self.normalise(hidden_states.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
+        kwargs = {name: take_rows(value, rows, len(output)) for name, value in kwargs.items()}
         kept, *more = super().__call__(hidden_states=x, **kwargs)
-        return output.index_copy(0, rows, kept), *more
+        return output.index_copy_(0, rows, kept), *more
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
@@ -216,11 +218,13 @@ class _DeferredNorm:
         return super().__call__(x) if asked else x
 
 
-def _take_rows(value, rows: Tensor, batch: int):
+def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        return value[rows]
-    return tuple(_take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
+        return (
+            value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+        )  # faster than value[rows]
+    return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
 # ---- Who votes. A Call is one forward pass. It isn't kept on the model: two threads may use that at once.
@@ -269,8 +273,7 @@ class _CallingModel:
     """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
-        names, outer = inspect.signature(self.forward).parameters if args else (), _CALL.get()
-        kwargs |= dict(zip(names, args))
+        kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
         if kwargs.get("output_attentions", self.config.output_attentions) and not self.training:
             raise ValueError("output_attentions: attention that is skipped has no weights")
         if voters is None and (labels := kwargs.get("labels")) is not None:
@@ -294,6 +297,9 @@ class _CallingModel:
         return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
 
 
+_parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
+
+
 class _RoutedLayer:
     """Mixed into a decoder layer: takes the call along as an argument. Arguments are all that gradient
     checkpointing keeps until it runs `forward` again, in the backward pass."""
@@ -301,13 +307,15 @@ class _RoutedLayer:
     def __call__(self, *args, **kwargs):
         if (call := _CALL.get()) is None:
             raise ValueError("a routed layer was called by itself: call the model, or its decoder")
+        if not self.training:
+            return super().__call__(*args, **kwargs)
         checkpointed = getattr(self, "_gradient_checkpointing_func", None)
-        if self.training and getattr(checkpointed, "keywords", {}).get("use_reentrant"):
+        if getattr(checkpointed, "keywords", {}).get("use_reentrant"):
             raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
         return super().__call__(*args, call=call, **kwargs)
 
-    def forward(self, *args, call: Call, **kwargs):
-        return call.run(super().forward, *args, **kwargs)
+    def forward(self, *args, call: Call | None = None, **kwargs):
+        return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
 
 
 # ---- Where a decision lives: with the KV cache.
@@ -391,7 +399,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     new = []  # all that can fail comes before the first change
     for i in config.layers:
         layer, router = decoder.layers[i], Router(i, config, text.hidden_size)
-        router.to(next(layer.self_attn.parameters()).device)
+        router.to(next(p for p in layer.self_attn.parameters() if p.is_floating_point()))  # device, and dtype
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
         new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
     for layer, attention, router, norm in new:

@@ -285,14 +285,20 @@ def from_pretrained(auto: type, args, **options):
         return auto.from_pretrained(args.model, **options)
 
 
-def load_model(args, examples: list[dict]) -> torch.nn.Module:
-    """A frozen decoder, from safetensors only. ValueError if a weight is missing or not finite."""
+def place(args) -> tuple[str, torch.dtype]:
+    """Where, and in which dtype, a model is wanted. ValueError if there is no such device."""
     here = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    device, name = here if args.device == "auto" else args.device, f"--model {args.model}"
+    device = here if args.device == "auto" else args.device
     if device not in ("cpu", here):
         raise ValueError(f"--device {device}: not available here; use --device {here}")
     dtype = ("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": args.attn_implementation}
+    return device, getattr(torch, dtype)
+
+
+def load_model(args, examples: list[dict]) -> torch.nn.Module:
+    """A frozen decoder, from safetensors only. ValueError if a weight is missing or not finite."""
+    (device, dtype), name = place(args), f"--model {args.model}"
+    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, found = from_pretrained(AutoModelForCausalLM, args, device_map=args.device_map, **options)
     for what in ("missing", "mismatched", "unexpected"):  # transformers would go on without
@@ -351,20 +357,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def number(kind: type, low: float, high: float = 1e9):
-    """An argparse type: a number from low to high."""
+def number(kind: type, low: float, high: float = 1e9, many: bool = False):
+    """An argparse type: a number from low to high, or many of them, as 1,2,3."""
 
     def convert(text: str):
-        if low <= (value := kind(text)) <= high:
-            return value
+        values = tuple(kind(part) for part in (text.split(",") if many else [text]))
+        if all(low <= value <= high for value in values):
+            return values if many else values[0]
         raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
 
     convert.__name__ = kind.__name__  # argparse says "invalid int value"
     return convert
-
-
-def layer_list(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def command(main):
@@ -407,7 +410,11 @@ def naming(what: str):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Tune the routers of a frozen model.", split="train")
     add = parser.add_argument_group("method").add_argument
-    add("--layers", type=layer_list, help="routed layers, as 3,4; None: the deepest half but the last")
+    add(
+        "--layers",
+        type=number(int, 0, many=True),
+        help="routed layers, as 3,4; None: the deepest half but the last",
+    )
     add("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
     add("--capacity", type=number(float, 0, 1), default=MindSkipConfig.capacity, help="target keep ratio")
     add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="of the gradient")

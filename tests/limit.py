@@ -22,19 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tune  # noqa: E402
-from evaluate import Watch, decode, prefill, table  # noqa: E402
+from evaluate import Watch, decode, prefill, removed, table  # noqa: E402
 from mindskip import MindSkipConfig, add_mindskip, fix_gates  # noqa: E402
-
-
-class WithoutAttention(torch.nn.Module):
-    """A Llama decoder layer from which attention and its layer norm have been cut: the most that can be saved."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.mlp, self.norm = layer.mlp, layer.post_attention_layernorm
-
-    def forward(self, hidden_states, **kwargs):
-        return hidden_states + self.mlp(self.norm(hidden_states))
 
 
 def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
@@ -55,10 +44,7 @@ def three_models(stack: ExitStack) -> list[torch.nn.Module]:
     dense, layers = limit_model()
     closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers))
     stack.enter_context(fix_gates(closed, dict.fromkeys(layers, False)))
-    removed = copy.deepcopy(dense)
-    for i in layers:
-        removed.model.layers[i] = WithoutAttention(removed.model.layers[i])
-    return [dense, closed, removed]
+    return [dense, closed, removed(dense, dict.fromkeys(layers, torch.zeros(1)))]
 
 
 @torch.no_grad()
