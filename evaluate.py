@@ -1,7 +1,8 @@
 """Measure what skipping attention costs in accuracy, and what it saves in FLOPs, time and memory.
 
-    python evaluate.py                    # the routers in runs/demo on the demo's test split; about a minute
+    python evaluate.py                    # the routers in runs/demo on the demo's test split; two minutes
     python evaluate.py --plot             # and a figure (pip install -e '.[plot]')
+    python evaluate.py --what-if --model HuggingFaceTB/SmolLM2-135M    # what would be saved? No tuning
     python evaluate.py --tasks boolq,piqa --routers runs/llama --model meta-llama/Meta-Llama-3-8B \\
         --dataset tatsu-lab/alpaca        # standard benchmarks (pip install -e '.[tasks]')
 
@@ -15,6 +16,7 @@ anything that routing is *dynamic*:
     static, router      the layers that this very router closes most often on training data
     static, best        the best of all subsets of that size, chosen on the test split, in its favour
     random              each gate open with the probability of mindskip's keep ratio
+    removed             the limit of a row's time: attention and its norm cut out, by the same decisions
     multiply            attention computed, then multiplied by mindskip's gates: the control for time
 
 A column is a heading and a format of a row's results. Counted (FLOP) and measured (ms) differ:
@@ -24,9 +26,10 @@ A column is a heading and a format of a row's results. Counted (FLOP) and measur
     loss        mean nats of an answer token
     keep        keep ratio: the fraction of routed gates that were open
     FLOP        by formula: one prompt's prefill, and the last decode step of one row
-    prefill     milliseconds for the prompt pass of a batch; decode: for a one-token pass of it; [quartiles]
+    prefill     milliseconds for all prompts; decode: for one more token of each; [quartiles]
     x           median over repeats of dense time / row time in the same repeat
-    KV          keys and values of a batch after decoding; peak: most memory allocated beyond the weights
+    of limit    (dense time - row time) / (dense time - removed time), of medians
+    KV          keys and values of all prompts after decoding; peak: most memory allocated beyond the weights
 """
 
 import copy
@@ -51,7 +54,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import mindskip
 from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip, take_rows
 from tune import CALIBRATION, Parser, collate, command, default_layers, describe, from_pretrained
-from tune import load_examples, load_model, naming, number, place, positions, score
+from tune import load_examples, load_model, naming, number, place, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
 
@@ -227,8 +230,8 @@ def clock(device: torch.device) -> float:
 def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: int) -> dict[str, dict]:
     """Time rows, {name: for each group of prompts (b, T), a function that gives a context with the model}.
 
-    Times are sums over groups. Rows take turns, in an order that rotates, so that each repeat gives a ratio to
-    dense, the first row, on the same machine's state.
+    Times are sums over groups. Rows take turns, in an order that rotates, so that each repeat gives a ratio
+    to dense, the first row, on the same machine's state.
     """
     names, times = list(rows), {(name, phase): [] for name in rows for phase in ("prefill", "decode")}
     results = {name: weigh(rows[name], prompts, new_tokens) for name in names}  # the warm-up, too
@@ -257,7 +260,7 @@ def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: i
 
 
 def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
-    """KiB of keys and values after decoding, most MiB allocated, and by routed layer the fraction of kept rows."""
+    """KiB of keys and values after decoding, most MiB allocated, and the kept rows of each layer."""
     found = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}
     for context, group in zip(contexts, prompts):
         with context() as model:
@@ -363,7 +366,7 @@ def removed(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
 def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, args) -> dict[str, dict]:
     """Time and count ways to route, {name: gates {layer: (B,) bool}, or None: routers decide}.
 
-    prompts: (B, T), run `size` rows at a time. A row "NAME, removed" is the limit of NAME; it is left out where
+    prompts: (B, T), run `size` rows at a time. A row "NAME, removed" is the limit of NAME, left out where
     layers are not of Llama's kind.
     """
     groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
@@ -404,16 +407,26 @@ def what_if(args) -> dict[str, dict]:
     dense.eval().requires_grad_(False)
     layers = args.layers or default_layers(dense)
     routed = mindskip.add_mindskip(copied(dense), mindskip.MindSkipConfig(layers))
-    count, generator, cost = max(args.batch_size), torch.Generator().manual_seed(args.seed), {}
+    count, generator = max(args.batch_size), torch.Generator().manual_seed(args.seed)
     is_open = [k >= round((1 - args.keep) * len(layers)) for k in range(len(layers))]
     ways = {"rows agree": {i: torch.full((count,), o) for i, o in zip(layers, is_open)}}
     ways["rows differ"] = {i: torch.randperm(count, generator=generator) < args.keep * count for i in layers}
-    print(describe(dense, args) + " | random weights")
+    prompts = partial(torch.randint, dense.config.vocab_size, device=device)
+    print(f"{describe(dense, args)} | random weights\nlayers {layers} | keep ratio {args.keep}")
+    return show_costs(dense, routed, ways, lambda length: prompts((count, length)), args)
+
+
+def show_costs(dense, routed, ways: dict, prompts, args) -> dict[str, dict]:
+    """Compare cost for every length T and number of rows at a time. prompts: a function of T, to (B, T)."""
+    cost = {}
     for length, size in itertools.product(args.prompt_length, args.batch_size):
-        prompts = torch.randint(dense.config.vocab_size, (count, length), generator=generator).to(device)
         name = f"{length} tokens, {size} at a time"
-        cost[name] = compare_cost(dense, routed, ways, prompts, size, args)
+        cost[name] = compare_cost(dense, routed, ways, prompts(length), size, args)
         print("\n" + table(name, cost[name], COST))
+    told = (
+        f"{max(args.batch_size)} prompts, {args.new_tokens} new tokens each, in all; median of {args.repeats}"
+    )
+    print(f"{told} repeats [quartiles]; {torch.get_num_threads()} threads")
     return cost
 
 
@@ -567,12 +580,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the random gates")
     add("--plot", action="store_true", help="a figure, too; needs the extra `plot`")
     add = parser.add_argument_group("cost").add_argument
-    add(
-        "--prompt-length",
-        type=number(int, 1, many=True),
-        default=(128, 512, 2048),
-        help="tokens of timed prompts",
-    )
+    add("--prompt-length", type=number(int, 1, many=True), default=(128, 512, 2048), help="of timed prompts")
     add("--new-tokens", type=number(int, 1), default=16, help="decode passes after each prompt")
     add("--batch-size", type=number(int, 1, many=True), default=(1, 8), help="timed prompts at a time")
     add("--repeats", type=number(int, 2), default=5, help="timed repeats of every row")
@@ -613,11 +621,7 @@ def main(argv: list[str] | None = None) -> None:
     train, _ = load_examples(args, "--calibration-split", tokenizer)
     train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
     test, told = ([], f"{len(names)} tasks") if names else load_examples(args, "--split", tokenizer)
-    model = load_model(args, train + test)
-    if not names and max(args.prompt_length) + args.new_tokens > positions(model):
-        raise ValueError(
-            f"--prompt-length {max(args.prompt_length)}: the model has {positions(model)} positions"
-        )
+    model = load_model(args, train + test, 0 if names else max(args.prompt_length) + args.new_tokens)
     layers, ours = attach(model, path)
     beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
     folder = Path(args.output or beside)
@@ -646,24 +650,14 @@ def main(argv: list[str] | None = None) -> None:
     keep = {name: gates[chosen].mean(0).tolist() for name, chosen in is_task.items()}
     by_layer = {f"layer {i}": f"{{layers[{k}]:.2f}}" for k, i in enumerate(layers)} | {"all": "{all:.2f}"}
     rows = {name: {"layers": row, "all": statistics.mean(row)} for name, row in keep.items()}
-    print(table("keep ratio", rows, by_layer) + "\n")
+    print(table("keep ratio", rows, by_layer))
     dense, routed = copied(remove_mindskip(model)), load_routers(model, path)
-    count, closed, cost = max(args.batch_size), len(chosen["similarity"]), {}
+    count, closed = max(args.batch_size), len(chosen["similarity"])
     ways = {"mindskip": None, "static": {i: torch.full((count,), k >= closed) for k, i in enumerate(layers)}}
-    for length, size in itertools.product(args.prompt_length, args.batch_size):
-        prompts, name = (
-            long_prompts(test, count, length).to(model.device),
-            f"{length} tokens, {size} at a time",
-        )
-        cost[name] = compare_cost(dense, routed, ways, prompts, size, args)
-        print(table(name, cost[name], COST) + "\n")
+    prompts = partial(long_prompts, test, count)
+    cost = show_costs(dense, routed, ways, lambda length: prompts(length).to(model.device), args)
     results |= {"quality": quality, "static_layers": chosen, "keep_by_task": keep, "cost": cost}
     write_json(results, folder / "results.json")
-    print(
-        f"sums over {count} prompts, {args.new_tokens} new tokens each; median of {args.repeats} repeats",
-        end="",
-    )
-    print(f" [quartiles]; {torch.get_num_threads()} threads")
     if args.plot:
         plot(results, folder / "results.png")
 

@@ -295,8 +295,8 @@ def place(args) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-def load_model(args, examples: list[dict]) -> torch.nn.Module:
-    """A frozen decoder, from safetensors only. ValueError if a weight is missing or not finite."""
+def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
+    """A frozen decoder for these examples, or for `tokens`, from safetensors only. ValueError if it is broken."""
     (device, dtype), name = place(args), f"--model {args.model}"
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -307,10 +307,11 @@ def load_model(args, examples: list[dict]) -> torch.nn.Module:
     for weight, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.isfinite().all():
             raise ValueError(f"{name}: {weight} is not finite in {dtype}, or on no device")
-    longest, places = max(len(one["ids"]) for one in examples), positions(model)
+    longest = max(tokens, *(len(one["ids"]) for one in examples))
+    places = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
     if longest > places:
         raise ValueError(
-            f"{name}: an example has {longest} tokens, the model {places} positions; use --max-length"
+            f"{name} has {places} positions, not {longest}; lower --max-length or --prompt-length"
         )
     known, highest = model.get_input_embeddings().num_embeddings, max(max(one["ids"]) for one in examples)
     if highest >= known:
@@ -318,10 +319,6 @@ def load_model(args, examples: list[dict]) -> torch.nn.Module:
     if not args.device_map:
         model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     return model.eval().requires_grad_(False)
-
-
-def positions(model) -> float:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def default_layers(model) -> tuple[int, ...]:

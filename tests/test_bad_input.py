@@ -140,7 +140,7 @@ TUNE = {
     "layer 0": (["--layers", "0,3"], nothing, "never layer 0): got (0, 3)"),
     "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
     "a layer out of range": (["--layers", "3,8"], nothing, "layers (3, 8): `self_attn` is, after its first, in layers [1, 2, 3, 4, 5]"),
-    "layers that are no numbers": (["--layers", "all"], nothing, "invalid layer_list value: 'all'"),
+    "layers that are no numbers": (["--layers", "all"], nothing, "invalid int value: 'all'"),
     "no steps": (["--steps", "0"], nothing, "--steps: 0: must be between 1 and"),
     "an infinite learning rate": (["--lr", "inf"], nothing, "--lr: inf: must be"),
     "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr: nan: must be"),
@@ -174,7 +174,7 @@ TUNE = {
     "more layers than the configuration says": (
         [], edit_config(num_hidden_layers=5, layer_types=None), "weights are unexpected, among them model.layers.5."),
     "examples longer than the model": (
-        [], edit_config(max_position_embeddings=4), "has 14 tokens, the model 4 positions; use --max-length"),
+        [], edit_config(max_position_embeddings=4), "--model model has 4 positions, not 14; lower --max-length"),
     "a revision of a folder": (["--revision", "main"], nothing, "--revision main is for a Hub id"),
     "text that is not UTF-8": (FILE, lambda folder: (folder / "rows.jsonl").write_bytes(b'{"prompt": "\xff"}'), "--dataset rows.jsonl"),
     "an empty conversation": (FILE, rows({"messages": []}), "1 dropped: no prompt or answer left, or refused by the template)"),
@@ -332,7 +332,7 @@ EVALUATE = {
     "metadata that is null": ([], edit_routers(lambda _, metadata: metadata.update(mindskip="null")), "holds no MindSkip routers"),
     "metadata that is nested": (
         [], edit_routers(lambda _, metadata: metadata.update(mindskip="[" * 100_000)), "holds no MindSkip routers"),
-    "timed prompts longer than the model": (["--prompt-length", "250"], nothing, "--prompt-length 250: the model has 256 positions"),
+    "timed prompts longer than the model": (["--prompt-length", "250"], nothing, "--model model has 256 positions, not 266; lower"),
     "shots without tasks": (["--num-fewshot", "5"], nothing, "--tasks None: name tasks"),
     "a limit without tasks": (["--task-limit", "5"], nothing, "--tasks None: name tasks"),
     "no tasks": (["--tasks", ""], nothing, "--tasks : name tasks"),
