@@ -132,11 +132,13 @@ def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_s
         handles.extend(child.register_forward_hook(leave) for child in layer.children())
 
     for i in attention_layers(model)[1:]:
-        watch(i, model.get_decoder().layers[i])
+        watch(i, mindskip.decoder_of(model).layers[i])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
         with fix_gates(model, gates):
-            model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            mindskip.decoder_of(model)(
+                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
         for i, (x, added) in seen.items():
             cosine = torch.nn.functional.cosine_similarity(x.float(), (x + added).float(), dim=-1)
             totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(x.device)].sum().item()
@@ -196,7 +198,7 @@ def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logi
 
     total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    for i, layer in enumerate(model.get_decoder().layers):
+    for i, layer in enumerate(mindskip.decoder_of(model).layers):
         total += 2.0 * tokens * size(layer)
         if getattr(layer, "self_attn", None) is not None:
             matrices = 2.0 * tokens * size(layer.self_attn)
@@ -328,7 +330,7 @@ def multiplied(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
         def multiply(module, args, output, gate=gate):
             return output[0] * gate.view(-1, 1, 1).to(output[0].dtype), *output[1:]
 
-        model.get_decoder().layers[i].self_attn.register_forward_hook(multiply)
+        mindskip.decoder_of(model).layers[i].self_attn.register_forward_hook(multiply)
     return model
 
 
@@ -356,7 +358,7 @@ def removed(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
     """A copy, of the same weights: each layer of `gates` has attention on as many rows as are open."""
     model = copied(model)
     for i, gate in gates.items():
-        layer = model.get_decoder().layers[i]
+        layer = mindskip.decoder_of(model).layers[i]
         layer.kept = int(gate.sum())
         mindskip._mix_in({layer: Removed})
     return model
@@ -371,7 +373,7 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
     """
     groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
     closed, has_limit = dict.fromkeys(layers, torch.zeros(size, dtype=torch.bool)), False
-    with suppress(AttributeError), fix_gates(routed, closed):
+    with suppress(AttributeError, TypeError), fix_gates(routed, closed):
         expected, found = routed(groups[0]).logits, removed(dense, closed)(groups[0]).logits
         has_limit = torch.allclose(expected, found, rtol=0.01, atol=0.01 * expected.abs().max())
     rows, multiply = {"dense": [partial(nullcontext, dense)] * len(groups)}, []

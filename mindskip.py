@@ -72,8 +72,6 @@ class Router(nn.Module):
     def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))  # all scores 0.5: the dense model
-        # What closed attention adds to the residual stream, if it is added at once; no part of the state.
-        self.register_buffer("nothing", torch.zeros(1, 1, hidden_size), persistent=False)
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
@@ -91,17 +89,16 @@ class Router(nn.Module):
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
         """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
-        self.logit = None
         if self.fixed is None:
-            self.logit = self(x, call.votes(x))
-            threshold = self.config.threshold if self.drawn is None else self.drawn
-            gate = straight_through(torch.sigmoid(self.logit), threshold)
+            logit, threshold = self(x, call.votes(x)), self.config.threshold
+            gate = straight_through(logit.sigmoid(), threshold if self.drawn is None else self.drawn)
         else:
-            gate = torch.as_tensor(self.fixed, device=x.device).float().reshape(-1)
+            logit, gate = None, torch.as_tensor(self.fixed, device=x.device).float().reshape(-1)
             if len(gate) not in (1, len(x)):
                 raise ValueError(f"fix_gates: {len(gate)} gates for a batch of {len(x)}")
-        self.gate = gate.expand(len(x))[:, None, None]
-        return self.gate
+        gate = gate.expand(len(x))[:, None, None]
+        self.logit, self.gate = logit, gate  # for `last`; not read here, where another thread may write
+        return gate
 
     def _apply(self, fn, recurse=True):
         exact = self.weight.data
@@ -190,7 +187,8 @@ class _GatedAttention:
             x = self.normalise(hidden_states) if router.fixed is None else None
             memory.gate = router.decide(hidden_states if x is None else x, call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
-            memory.fixed = router.fixed
+            # What closed attention gives; one row will do where it is only added to the residual stream.
+            memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden_states[:1, :1])
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
         elif call.voters is not None and call.voters.shape != hidden_states.shape[:2]:
@@ -200,7 +198,7 @@ class _GatedAttention:
         if len(rows := memory.rows) == len(hidden_states):
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
         if len(rows) == 0:
-            return router.nothing if self.own_norm else torch.zeros_like(hidden_states), None
+            return memory.nothing if self.own_norm else torch.zeros_like(hidden_states), None
         output = torch.zeros_like(hidden_states)
         x = self.normalise(hidden_states.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
         kwargs = {name: take_rows(value, rows, len(output)) for name, value in kwargs.items()}
@@ -325,7 +323,8 @@ ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and to
 class _RoutedCacheLayer(CacheLayerMixin):
     """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision."""
 
-    gate = rows = fixed = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
+    gate = rows = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
+    fixed = nothing = None  # gates that overruled the router; what closed attention gives
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
     def get_seq_length(self) -> int:
@@ -376,9 +375,15 @@ def _routed_cache_layer(cache: Cache, i: int) -> _RoutedCacheLayer:
 
 
 # ---- Attaching and detaching.
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers. Llama 4's is not found by get_decoder (transformers 5.23)."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else getattr(found, "model", found)
+
+
 def attention_layers(model: nn.Module) -> list[int]:
     """Layers whose `self_attn` caches a key and a value for each token, as linear attention does not."""
-    layers, caches = getattr(model.get_decoder(), "layers", ()), DynamicCache(config=model.config).layers
+    layers, caches = getattr(decoder_of(model), "layers", ()), DynamicCache(config=model.config).layers
     kinds = [type(one) for one in caches] or [DynamicLayer] * len(layers)
     fit = [getattr(layer, "self_attn", None) and kind in ROUTABLE for layer, kind in zip(layers, kinds)]
     return [i for i, fits in enumerate(fit) if fits]
@@ -391,7 +396,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     """
     if routers(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
-    decoder, text = model.get_decoder(), model.config.get_text_config(decoder=True)
+    decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
     if not set(config.layers) <= set(fit := attention_layers(model)[1:]):
         raise ValueError(f"layers {config.layers}: `self_attn` is, after its first, in layers {fit}")
     if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
@@ -399,7 +404,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     new = []  # all that can fail comes before the first change
     for i in config.layers:
         layer, router = decoder.layers[i], Router(i, config, text.hidden_size)
-        router.to(next(p for p in layer.self_attn.parameters() if p.is_floating_point()))  # device, and dtype
+        router.to(next(layer.self_attn.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
         new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
     for layer, attention, router, norm in new:
@@ -411,7 +416,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
     """The original model again: the same modules, of the same classes, with nothing added."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for layer in (decoder.layers[router.layer] for router in routers(model)):
         _mix_in(dict.fromkeys([layer, layer.self_attn, *layer.self_attn.own_norm]))
         del layer.self_attn.router, layer.self_attn.own_norm

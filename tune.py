@@ -160,7 +160,9 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
         scores, gates = [], []
         for i in range(0, len(prompts), batch_size):
             batch = collate(prompts[i : i + batch_size], model.device)
-            model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            mindskip.decoder_of(model)(
+                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
             scores.append(torch.sigmoid(last(model, "logit")))
             gates.append(last(model, "gate"))
         if done < passes:  # the last pass only measures
@@ -296,7 +298,7 @@ def place(args) -> tuple[str, torch.dtype]:
 
 
 def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
-    """A frozen decoder for these examples, or for `tokens`, from safetensors only. ValueError if it is broken."""
+    """A frozen decoder for these examples, or `tokens`, from safetensors only. ValueError if it is broken."""
     (device, dtype), name = place(args), f"--model {args.model}"
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}

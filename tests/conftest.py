@@ -36,6 +36,8 @@ MORE = {
                                      "moe_intermediate_size": 32}),
     "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
                                  "sliding_window": 8}),
+    "llama4": ("Llama4TextConfig", {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4,
+                                    "num_experts_per_tok": 1, "attention_chunk_size": 64}),  # get_decoder misses it
     "lfm2": ("Lfm2Config", {"layer_types": ["full_attention", "conv"] + ["full_attention"] * 4}),  # a hybrid KV cache
 }  # fmt: skip
 
