@@ -108,7 +108,7 @@ def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
     weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
     config = replace(mindskip.routers(model)[0].config, layers=tuple(attention_layers(model)[1:]))
     for router in mindskip.routers(mindskip.add_mindskip(remove_mindskip(model), config)):
-        router.weight = weights.get(router.layer, router.weight)
+        router.weight = weights.get(router.layer, router.weight.requires_grad_(False))
     return tuple(weights), dict.fromkeys(set(config.layers) - set(weights), True)
 
 

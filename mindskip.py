@@ -219,9 +219,7 @@ class _DeferredNorm:
 def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        return (
-            value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
-        )  # faster than value[rows]
+        return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
     return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
@@ -252,9 +250,7 @@ class Call(NamedTuple):
         elif self.voters is None and padding is not None:
             raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
         elif self.voters is None and places is not None and (places.diff() < 0).any():
-            raise ValueError(
-                "positions start again: packed sequences would share a gate; pass voters, or pad"
-            )
+            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
         if not mask.any(1).all():
             rows = (~mask.any(1)).nonzero()[:, 0].tolist()
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
@@ -279,13 +275,13 @@ class _CallingModel:
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
             if (labels[:, 0] != -100).any():
                 warnings.warn(
-                    "labels leave no prompt, so that the first token alone decides: pass voters", stacklevel=2
+                    "labels leave no prompt: the first token alone decides; pass voters", stacklevel=2
                 )
         elif voters is None and outer is not None:
             voters = outer.voters
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if voters is None and mask is None and ids is not None and ids.shape[1] > 1:
-            self.warn_if_padding_and_no_attention_mask(ids, mask)  # from transformers
+        ids = kwargs.get("input_ids")
+        if voters is None and ids is not None and ids.shape[1] > 1:  # transformers' own; it looks for padding
+            self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
         return Call(voters, outer and outer.prompt, kwargs).run(super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):

@@ -448,7 +448,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def describe(model, args) -> str:
     """The line that a run opens with."""
-    trained, total = (sum(p.numel() for p in some) for some in (router_parameters(model), model.parameters()))
+    trained, total = (
+        sum(p.numel() for p in model.parameters() if some or p.requires_grad) for some in (0, 1)
+    )
     place = f"{model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
     return f"model {args.model} | {place} | trainable {trained:,} of {total:,} parameters"
 
