@@ -256,7 +256,8 @@ def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: i
         found["speedup"] = statistics.median(base / value for base, value in zip(dense, mine))
         if limit:
             saved = statistics.median(dense) - statistics.median(limit)
-            found["of_limit"] = (statistics.median(dense) - median) / saved
+            if saved > 0.05 * statistics.median(dense):  # of less, no share can be told
+                found["of_limit"] = (statistics.median(dense) - median) / saved
         results[name][phase] = found
     return results
 
@@ -266,9 +267,8 @@ def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
     found = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}
     for context, group in zip(contexts, prompts):
         with context() as model:
-            found["peak_mib"] = max(found["peak_mib"], peak_bytes(model, group, new_tokens) / 2**20)
-            cache, token = prefill(model, group)
-            decode(model, cache, token, new_tokens)
+            cache, peak = peak_bytes(model, group, new_tokens)
+            found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
             for router in mindskip.routers(model):
@@ -299,16 +299,16 @@ class Watch(TorchDispatchMode):
                 where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # keeps the address taken
 
 
-def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> int:
-    """Most memory allocated beyond the weights while prefilling and decoding."""
-    if model.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
+def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, int]:
+    """The cache after prefill and decoding, and most memory allocated meanwhile, beyond the weights."""
+    on_gpu = model.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        decode(model, *prefill(model, prompts), new_tokens)
-        return torch.cuda.max_memory_allocated() - before
-    with Watch() as watch:
-        decode(model, *prefill(model, prompts), new_tokens)
-    return watch.peak_bytes
+    with nullcontext() if on_gpu else Watch() as watch:
+        cache, token = prefill(model, prompts)
+        decode(model, cache, token, new_tokens)
+    return cache, torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
@@ -387,7 +387,7 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
             found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
             limit.append(partial(nullcontext, removed(dense, found)))
             multiply.append(partial(nullcontext, multiplied(dense, found)))
-        rows |= {name: row} | ({f"{name}, removed": limit} if has_limit else {})
+        rows |= {name: row} | ({f"{name}, removed": limit} if has_limit and name != "static" else {})
     rows["multiply"] = multiply[: len(groups)]  # by the gates of the first way
     cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
     for name in ways:
@@ -524,7 +524,8 @@ COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP dec
 def table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> str:
     """Aligned text. A column is a heading, and a format of a row's results that gives the cell."""
     lines = [[title, *columns]]
-    lines += [[name, *(cell.format(**row) for cell in columns.values())] for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append([name, *(cell.format(**row).replace("nan", "-") for cell in columns.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line) for line in aligned)

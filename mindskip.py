@@ -236,6 +236,8 @@ class Call(NamedTuple):
 
     def votes(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
+        if "votes" in self.given:  # another layer asked
+            return self.given["votes"].to(x.device)
         padding, places = self.given.get("attention_mask"), self.given.get("position_ids")
         mask = torch.ones(x.shape[:2], dtype=torch.bool) if self.voters is None else self.voters
         if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
@@ -254,6 +256,7 @@ class Call(NamedTuple):
         if not mask.any(1).all():
             rows = (~mask.any(1)).nonzero()[:, 0].tolist()
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
+        self.given["votes"] = mask
         return mask
 
     def run(self, function, *args, **kwargs):
@@ -280,7 +283,9 @@ class _CallingModel:
         elif voters is None and outer is not None:
             voters = outer.voters
         ids = kwargs.get("input_ids")
-        if voters is None and ids is not None and ids.shape[1] > 1:  # transformers' own; it looks for padding
+        if (
+            voters is outer is None and ids is not None and ids.shape[1] > 1
+        ):  # of transformers: it looks for padding
             self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
         return Call(voters, outer and outer.prompt, kwargs).run(super().__call__, **kwargs)
 

@@ -447,7 +447,7 @@ def test_one_example_of_a_task_has_no_standard_error(folder, capfd):
     evaluate.main(small_run(folder))
     row = json.loads((folder / "runs" / "demo" / "results.json").read_text())["quality"]["mindskip"]
     assert row["standard_error"] is None and row["paired_standard_error"] is None and row["average"] >= 0
-    assert " nan " in capfd.readouterr().out
+    assert " - " in capfd.readouterr().out
 
 
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_lives(folder, capfd):

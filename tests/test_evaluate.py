@@ -343,7 +343,6 @@ def test_evaluate_end_to_end(tmp_path):
             "mindskip",
             "mindskip, removed",
             "static",
-            "static, removed",
             "multiply",
         ]
         assert cost["dense"]["prefill_gflop"] > cost["mindskip"]["prefill_gflop"]
