@@ -187,6 +187,7 @@ class _GatedAttention:
             x = self.normalise(hidden_states) if router.fixed is None else None
             memory.gate = router.decide(hidden_states if x is None else x, call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
+            memory.count = len(memory.rows)
             # What closed attention gives; one row will do where it is only added to the residual stream.
             memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden_states[:1, :1])
         elif router.fixed is not None and router.fixed is not memory.fixed:
@@ -194,10 +195,13 @@ class _GatedAttention:
         elif call.voters is not None and call.voters.shape != hidden_states.shape[:2]:
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
-            router.gate, router.logit = memory.gate, None
-        if len(rows := memory.rows) == len(hidden_states):
+            vars(router).update(
+                gate=memory.gate, logit=None
+            )  # what nn.Module does at an assignment takes time
+        rows, count = memory.rows, memory.count
+        if count == hidden_states.shape[0]:
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
-        if len(rows) == 0:
+        if count == 0:
             return memory.nothing if self.own_norm else torch.zeros_like(hidden_states), None
         output = torch.zeros_like(hidden_states)
         x = self.normalise(hidden_states.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
@@ -324,7 +328,7 @@ ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and to
 class _RoutedCacheLayer(CacheLayerMixin):
     """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision."""
 
-    gate = rows = None  # (B, 1, 1), None before routing; indices of the rows whose gate is open
+    gate = rows = count = None  # (B, 1, 1), None before routing; indices of the open rows; how many
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
@@ -345,7 +349,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
             super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        self.gate = self.rows = None
+        self.gate = self.rows = self.count = None
         super().reset()
 
     def reorder_cache(self, index: Tensor) -> None:
@@ -354,6 +358,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
         self.gate = self.gate[index]
         self.rows = self.gate.flatten().nonzero()[:, 0]
+        self.count = len(self.rows)
         if self.is_initialized:
             super().reorder_cache(place[self.rows])
 
