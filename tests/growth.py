@@ -91,6 +91,8 @@ def plot(saved: dict, routed: dict, tuned: dict, path: Path) -> None:
     left.set(
         title="half of the gates closed", xlabel="tokens of the prompt", ylabel="speedup (x)", xscale="log"
     )
+    left.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    left.minorticks_off()
     left.axhline(1, color="grey", linewidth=0.5)
     left.legend(fontsize=7)
     counts = [int(name.split()[0]) for name in list(routed)[1:]]
