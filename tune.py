@@ -16,9 +16,9 @@ Differs from the paper:
                  or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
     calibration  Training ends near the budget, with drawn gates. Then the threshold becomes the quantile of
                  the scores on training data that opens `capacity` of the gates.
-    lambda, lr   0.3 and 0.1, at width 128. A logit is a sum over D, so lr should fall as D grows (not measured);
-                 more layers and tighter budgets needed no change. The paper has lambda up to 0.1, the released
-                 script 0, which asks for nothing.
+    lambda, lr   0.3 and 0.1, at width 128. A logit is a sum over D, so that lr should fall as D grows (this
+                 was not measured); more layers and tighter budgets needed no change. The paper has lambda up
+                 to 0.1, the released script 0, which asks for nothing.
 """
 
 import argparse
