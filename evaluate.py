@@ -513,10 +513,11 @@ QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
            "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}",
            "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
 COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
-        "prefill ms": "{prefill[median]:.2f}", "of limit": "{prefill[of_limit]:.2f}",
+        "prefill ms": "{prefill[median]:.2f}",
         "x": "{prefill[speedup]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
-        "decode ms": "{decode[median]:.2f}", "of limit ": "{decode[of_limit]:.2f}",
+        "of limit": "{prefill[of_limit]:.2f}", "decode ms": "{decode[median]:.2f}",
         "x ": "{decode[speedup]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
+        "of limit ": "{decode[of_limit]:.2f}",
         "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
 # fmt: on
 

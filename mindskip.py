@@ -69,9 +69,9 @@ def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
 class Router(nn.Module):
     """The router of one layer: whether its attention runs."""
 
-    def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int):
+    def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int, device=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))  # all scores 0.5: the dense model
+        self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
@@ -409,8 +409,8 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
     new = []  # all that can fail comes before the first change
     for i in config.layers:
-        layer, router = decoder.layers[i], Router(i, config, text.hidden_size)
-        router.to(next(layer.self_attn.parameters()).device)
+        layer = decoder.layers[i]
+        router = Router(i, config, text.hidden_size, next(layer.self_attn.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
         new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
     for layer, attention, router, norm in new:

@@ -56,7 +56,7 @@ def straight_through_step(model, prompts: int, length: int) -> None:
     """Forward and backward."""
     ids = torch.zeros(prompts, length, dtype=torch.long)
     loss = model.loss_function(model(ids, use_cache=False).logits, ids, model.config.vocab_size)
-    (loss + mindskip.capacity_loss(model, -1.0)).backward()
+    (loss + mindskip.capacity_loss(model, 0.0)).backward()
 
 
 def costs(step, model) -> list[tuple[int, int]]:
