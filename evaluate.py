@@ -272,7 +272,7 @@ def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
             for router in mindskip.routers(model):
-                share = router.gate.mean().item() / len(prompts)
+                share = router.gate.mean().item() * len(group) / sum(map(len, prompts))
                 found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
     return found
 
@@ -374,7 +374,8 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
     groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
     closed, has_limit = dict.fromkeys(layers, torch.zeros(size, dtype=torch.bool)), False
     with suppress(AttributeError, TypeError), fix_gates(routed, closed):
-        expected, found = routed(groups[0]).logits, removed(dense, closed)(groups[0]).logits
+        expected = routed(groups[0], logits_to_keep=1).logits
+        found = removed(dense, closed)(groups[0], logits_to_keep=1).logits
         has_limit = torch.allclose(expected, found, rtol=0.01, atol=0.01 * expected.abs().max())
     rows, multiply = {"dense": [partial(nullcontext, dense)] * len(groups)}, []
     for name, gates in ways.items():
@@ -402,6 +403,7 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
 def what_if(args) -> dict[str, dict]:
     """Cost of a model of random weights, made on its device: rows that agree, or don't, at --keep."""
     device, dtype = place(args)
+    torch.manual_seed(args.seed)
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"trust_remote_code": args.trust_remote_code}
     with torch.device(device):
@@ -412,8 +414,10 @@ def what_if(args) -> dict[str, dict]:
     count, generator = max(args.batch_size), torch.Generator().manual_seed(args.seed)
     is_open = [k >= round((1 - args.keep) * len(layers)) for k in range(len(layers))]
     ways = {"rows agree": {i: torch.full((count,), o) for i, o in zip(layers, is_open)}}
-    ways["rows differ"] = {i: torch.randperm(count, generator=generator) < args.keep * count for i in layers}
-    prompts = partial(torch.randint, dense.config.vocab_size, device=device)
+    if count > 1:
+        is_kept = torch.arange(count) < round(args.keep * count)
+        ways["rows differ"] = {i: is_kept[torch.randperm(count, generator=generator)] for i in layers}
+    prompts = partial(torch.randint, dense.get_input_embeddings().num_embeddings, device=device)
     print(f"{describe(dense, args)} | random weights\nlayers {layers} | keep ratio {args.keep}")
     return show_costs(dense, routed, ways, lambda length: prompts((count, length)), args)
 

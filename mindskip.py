@@ -207,7 +207,7 @@ class _GatedAttention:
         x = self.normalise(hidden_states.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
         kwargs = {name: take_rows(value, rows, len(output)) for name, value in kwargs.items()}
         kept, *more = super().__call__(hidden_states=x, **kwargs)
-        return output.index_copy_(0, rows, kept), *more
+        return output.index_copy_(0, rows, kept.to(output.dtype)), *more  # autocast may have changed it
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
@@ -291,12 +291,14 @@ class _CallingModel:
             voters is outer is None and ids is not None and ids.shape[1] > 1
         ):  # of transformers: it looks for padding
             self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
-        return Call(voters, outer and outer.prompt, kwargs).run(super().__call__, **kwargs)
+        # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
+        prompt = outer.prompt if outer and kwargs.get("inputs_embeds") is None else None
+        return Call(voters, prompt, kwargs).run(super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        prompt = next((one.shape[1] for one in given if one is not None), None)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        prompt = None if ids is None else ids.shape[1]
         return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
 
 
@@ -333,7 +335,8 @@ class _RoutedCacheLayer(CacheLayerMixin):
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if self.is_initialized else self.first.get_seq_length()
+        # With no kept row, what came before (all closed), or is left (after reordering), has no length.
+        return super().get_seq_length() if self.is_initialized and self.count else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.cumulative_length = self.get_seq_length()  # a sliding window counts only tokens that it gets

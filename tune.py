@@ -52,6 +52,7 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
+FIXED = "layers capacity estimator sparsity_weight logit_weight batch_size lr seed".split()  # of a run
 DRAWS = 4  # of the gates of each prompt, in a step of rloo
 
 # ---- Tuning. An example is {task, ids, prompt}: of its ids, the first `prompt` vote and the rest is scored.
@@ -441,6 +442,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"its progress lacks {missing}")
         parser.set_defaults(**about["arguments"])
         args = parser.parse_args(argv)
+        now, then = ([json.dumps(one[name]) for name in FIXED] for one in (vars(args), about["arguments"]))
+        if now != then:
+            raise ValueError(f"--resume {args.resume}: {', '.join(FIXED)} were {then}; start another run")
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
     if Path(args.name).name != args.name or args.name in ("", ".."):
@@ -461,7 +465,12 @@ def describe(model, args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)  # what is cheap to check comes first, the weights last
     folder, is_writer = Path(args.resume or f"runs/{args.name}"), os.environ.get("RANK", "0") == "0"
-    if is_writer and not (args.resume or args.overwrite) and folder.is_dir() and any(folder.iterdir()):
+    if (
+        is_writer
+        and not (args.resume or args.overwrite)
+        and folder.is_dir()
+        and any(p.stat().st_size for p in folder.iterdir())
+    ):
         raise ValueError(f"{folder} holds an earlier run; choose another --name, --overwrite or --resume it")
     with torch.device("meta"):  # a model without weights tells whether, and where, it can be routed
         plan = from_pretrained(AutoConfig, args)

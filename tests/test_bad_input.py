@@ -124,7 +124,7 @@ def halfway(folder, **more):
     (folder / "runs" / "halfway").mkdir(parents=True)
     model = build_routed(vocab_size=128)
     state = {"exp_avg": torch.ones(1), "keep": torch.ones(1)} | more
-    about = {"step": 3, "arguments": {"layers": [2, 3, 4]}, "fingerprints": {"data": 1, "weights": 2}}
+    about = {"step": 3, "arguments": vars(tune.parse_arguments(["--layers", "2,3,4"])), "fingerprints": {"data": 1, "weights": 2}}
     mindskip.save_routers(model, folder / "runs" / "halfway" / "routers.safetensors", state, **about)
 
 
@@ -213,6 +213,8 @@ TUNE = {
     "progress without its moments": (["--resume", "runs/halfway"], halfway, "its progress lacks {'exp_avg_sq'}"),
     "progress on other data": (
         ["--resume", "runs/halfway"], lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "data or weights changed"),
+    "another budget for a run that began": (["--resume", "runs/halfway", "--capacity", "0.25"],
+        lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "--resume runs/halfway: layers, capacity, "),
     "a finished run to resume": (["--resume", "runs/done"], finished, "--resume runs/done: this run is finished"),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from mindskip import (
 def generate(model, ids, **changes) -> torch.Tensor:
     """(B, tokens), greedily; eight more tokens."""
     given = {
-        "attention_mask": torch.ones_like(ids),
+        "attention_mask": None if ids is None else torch.ones_like(ids),
         "do_sample": False,
         "max_new_tokens": 8,
         "eos_token_id": None,
@@ -266,3 +266,39 @@ def test_keep_ratio_is_that_of_the_last_forward():
     with fix_gates(model, dict.fromkeys(ROUTED, False)):
         model(tokens())
     assert keep_ratio(model) == 0
+
+
+@torch.no_grad()
+def test_rows_that_leave_with_the_open_gates_leave_the_length_behind():
+    """Of a layer that is the first of its kind, whose length all masks of that kind are made from."""
+    dense = build("gemma2")
+    model, ids = add_mindskip(build("gemma2"), MindSkipConfig((1, 2))), tokens(rows=2, length=12)
+    with fix_gates(model, {1: torch.tensor([True, False]), 2: True}):
+        expected = model(ids).logits[1, -1]
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    cache.reorder_cache(torch.tensor([1, 1]))
+    found = model(ids[[1, 1], -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-4, rtol=1e-3)  # another order of sums
+    assert (dense(ids).logits[1, -1] - expected).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_mixed_rows_under_autocast():
+    model, ids = build_routed(), tokens()
+    with fix_gates(model, {2: torch.tensor([True, False, True, False])}):
+        expected = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(ids).logits
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()  # bfloat16 has 8 bits
+
+
+def test_embeddings_vote_all_of_them(monkeypatch):
+    model, seen, votes = build_routed(), [], mindskip.Call.votes
+    monkeypatch.setattr(mindskip.Call, "votes", lambda *args: seen.append(votes(*args)) or seen[-1])
+    ids = tokens(length=9)
+    expected = generate(model, ids)[:, 9:]
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(
+        generate(model, None, inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)), expected
+    )
+    assert all(one.all() and one.shape == (4, 9) for one in seen)
