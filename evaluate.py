@@ -373,8 +373,9 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
     """
     groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
     closed, has_limit = dict.fromkeys(layers, torch.zeros(size, dtype=torch.bool)), False
-    with suppress(AttributeError, TypeError), fix_gates(routed, closed):
+    with fix_gates(routed, closed):
         expected = routed(groups[0], logits_to_keep=1).logits
+    with suppress(AttributeError, TypeError):  # of layers of another kind
         found = removed(dense, closed)(groups[0], logits_to_keep=1).logits
         has_limit = torch.allclose(expected, found, rtol=0.01, atol=0.01 * expected.abs().max())
     rows, multiply = {"dense": [partial(nullcontext, dense)] * len(groups)}, []
@@ -387,9 +388,10 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
                 prefill(routed, group)
             found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
             limit.append(partial(nullcontext, removed(dense, found)))
-            multiply.append(partial(nullcontext, multiplied(dense, found)))
+            if len(multiply) < len(groups):  # by the gates of the first way
+                multiply.append(partial(nullcontext, multiplied(dense, found)))
         rows |= {name: row} | ({f"{name}, removed": limit} if has_limit and name != "static" else {})
-    rows["multiply"] = multiply[: len(groups)]  # by the gates of the first way
+    rows["multiply"] = multiply
     cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
     for name in ways:
         cost.get(f"{name}, removed", {})["kept"] = cost[name]["kept"]
@@ -429,10 +431,8 @@ def show_costs(dense, routed, ways: dict, prompts, args) -> dict[str, dict]:
         name = f"{length} tokens, {size} at a time"
         cost[name] = compare_cost(dense, routed, ways, prompts(length), size, args)
         print("\n" + table(name, cost[name], COST))
-    told = (
-        f"{max(args.batch_size)} prompts, {args.new_tokens} new tokens each, in all; median of {args.repeats}"
-    )
-    print(f"{told} repeats [quartiles]; {torch.get_num_threads()} threads")
+    told = f"in all for {max(args.batch_size)} prompts, {args.new_tokens} new tokens each; median of"
+    print(f"{told} {args.repeats} repeats [quartiles]; {torch.get_num_threads()} threads")
     return cost
 
 

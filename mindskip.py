@@ -195,9 +195,8 @@ class _GatedAttention:
         elif call.voters is not None and call.voters.shape != hidden_states.shape[:2]:
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
-            vars(router).update(
-                gate=memory.gate, logit=None
-            )  # what nn.Module does at an assignment takes time
+            # Not by assignment: at every token and layer, what nn.Module does then would show.
+            vars(router).update(gate=memory.gate, logit=None)
         rows, count = memory.rows, memory.count
         if count == hidden_states.shape[0]:
             return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
@@ -227,16 +226,16 @@ def take_rows(value, rows: Tensor | slice, batch: int):
     return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
-# ---- Who votes. A Call is one forward pass. It isn't kept on the model: two threads may use that at once.
+# ---- Who votes. A Call is one forward pass. It isn't kept on the model, which two threads may use at once.
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thread has its own
 
 
 class Call(NamedTuple):
-    """What tells who votes in one forward pass: of the first `prompt` tokens, when `generate` says so."""
+    """What tells who votes in one forward pass."""
 
-    voters: Tensor | None  # (B, T) bool
-    prompt: int | None
-    given: dict  # arguments of the model: attention_mask (B, S), position_ids, ...
+    voters: Tensor | None  # (B, T) bool, if the user or the labels tell
+    prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
+    given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
 
     def votes(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
@@ -281,15 +280,11 @@ class _CallingModel:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
             if (labels[:, 0] != -100).any():
-                warnings.warn(
-                    "labels leave no prompt: the first token alone decides; pass voters", stacklevel=2
-                )
+                warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=2)
         elif voters is None and outer is not None:
             voters = outer.voters
-        ids = kwargs.get("input_ids")
-        if (
-            voters is outer is None and ids is not None and ids.shape[1] > 1
-        ):  # of transformers: it looks for padding
+        ids, is_told = kwargs.get("input_ids"), voters is not None or outer is not None
+        if ids is not None and ids.shape[1] > 1 and not is_told:  # transformers' own method
             self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
         # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
         prompt = outer.prompt if outer and kwargs.get("inputs_embeds") is None else None
@@ -335,7 +330,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
     def get_seq_length(self) -> int:
-        # With no kept row, what came before (all closed), or is left (after reordering), has no length.
+        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
         return super().get_seq_length() if self.is_initialized and self.count else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -343,8 +338,8 @@ class _RoutedCacheLayer(CacheLayerMixin):
         return super().get_mask_sizes(query_length)
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if len(keys) != len(self.rows):
-            raise ValueError(f"a routed model made this KV cache: {len(self.rows)} of {len(keys)} rows")
+        if len(keys) != self.count:
+            raise ValueError(f"a routed model made this KV cache: {self.count} of {len(keys)} rows")
         return super().update(keys, values, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -407,7 +402,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
     decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
     if not set(config.layers) <= set(fit := attention_layers(model)[1:]):
-        raise ValueError(f"layers {config.layers}: `self_attn` is, after its first, in layers {fit}")
+        raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
     if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
     new = []  # all that can fail comes before the first change

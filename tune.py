@@ -52,7 +52,8 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
-FIXED = "layers capacity estimator sparsity_weight logit_weight batch_size lr seed".split()  # of a run
+# What --resume can't change: the routers so far, their budget and the order of examples depend on it.
+FIXED = ("layers", "capacity", "estimator", "sparsity_weight", "logit_weight", "batch_size", "lr", "seed")
 DRAWS = 4  # of the gates of each prompt, in a step of rloo
 
 # ---- Tuning. An example is {task, ids, prompt}: of its ids, the first `prompt` vote and the rest is scored.
@@ -97,9 +98,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        thresholds = torch.rand(
-            len(weights), draws, args.batch_size
-        )  # a score s is above one with probability s
+        thresholds = torch.rand(len(weights), draws, args.batch_size)  # below s with probability s
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
@@ -315,9 +314,8 @@ def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
     longest = max(tokens, *(len(one["ids"]) for one in examples))
     places = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
     if longest > places:
-        raise ValueError(
-            f"{name} has {places} positions, not {longest}; lower --max-length or --prompt-length"
-        )
+        told = f"{name} has {places} positions, not {longest}"
+        raise ValueError(f"{told}; lower --max-length or --prompt-length")
     known, highest = model.get_input_embeddings().num_embeddings, max(max(one["ids"]) for one in examples)
     if highest >= known:
         raise ValueError(f"{name}: the tokenizer gives token {highest}, but the model has {known}")
@@ -387,8 +385,9 @@ def command(main):
             status, message = 130, "stopped"
         except BrokenPipeError:  # of `| head`: nobody reads on
             os._exit(0)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:  # of a CPU, torch raises a plain RuntimeError
+            is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not is_memory and "allocate memory" not in str(error):
                 raise
             status, message = 2, "error: out of memory; take a smaller --micro-batch-size"
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -412,11 +411,7 @@ def naming(what: str):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Tune the routers of a frozen model.", split="train")
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--layers",
-        type=number(int, 0, many=True),
-        help="routed layers, as 3,4; None: the deepest half but the last",
-    )
+    add("--layers", type=number(int, 0, many=True), help="as 3,4; None: the deepest half but the last")
     add("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
     add("--capacity", type=number(float, 0, 1), default=MindSkipConfig.capacity, help="target keep ratio")
     add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="of the gradient")
@@ -440,11 +435,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError("this run is finished")
             if missing := {"exp_avg", "exp_avg_sq", "keep"} - set(state):
                 raise ValueError(f"its progress lacks {missing}")
-        parser.set_defaults(**about["arguments"])
-        args = parser.parse_args(argv)
-        now, then = ([json.dumps(one[name]) for name in FIXED] for one in (vars(args), about["arguments"]))
-        if now != then:
-            raise ValueError(f"--resume {args.resume}: {', '.join(FIXED)} were {then}; start another run")
+            parser.set_defaults(**about["arguments"])
+            args = parser.parse_args(argv)
+            then = {name: about["arguments"][name] for name in FIXED}
+            if changed := {k: v for k, v in then.items() if json.dumps(v) != json.dumps(getattr(args, k))}:
+                raise ValueError(f"that run has {changed}; start another to change this")
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
     if Path(args.name).name != args.name or args.name in ("", ".."):
@@ -454,9 +449,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def describe(model, args) -> str:
     """The line that a run opens with."""
-    trained, total = (
-        sum(p.numel() for p in model.parameters() if some or p.requires_grad) for some in (0, 1)
-    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     place = f"{model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
     return f"model {args.model} | {place} | trainable {trained:,} of {total:,} parameters"
 
@@ -465,12 +459,8 @@ def describe(model, args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)  # what is cheap to check comes first, the weights last
     folder, is_writer = Path(args.resume or f"runs/{args.name}"), os.environ.get("RANK", "0") == "0"
-    if (
-        is_writer
-        and not (args.resume or args.overwrite)
-        and folder.is_dir()
-        and any(p.stat().st_size for p in folder.iterdir())
-    ):
+    is_used = folder.is_dir() and any(path.stat().st_size for path in folder.iterdir())
+    if is_used and is_writer and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} holds an earlier run; choose another --name, --overwrite or --resume it")
     with torch.device("meta"):  # a model without weights tells whether, and where, it can be routed
         plan = from_pretrained(AutoConfig, args)
@@ -486,10 +476,8 @@ def main(argv: list[str] | None = None) -> None:
         described, state = mindskip.read_routers(path)
         done = described["about"]["step"]
         mindskip.load_routers(model, path)
-        if (before := described["about"]["fingerprints"]) != prints:
-            raise ValueError(
-                f"--resume {folder}: data or weights changed; fingerprints were {before}, are {prints}"
-            )
+        if (before := described["about"].get("fingerprints")) != prints:
+            raise ValueError(f"--resume {folder}: data or weights changed, from {before} to {prints}")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # else frozen lower layers run backward, for the embeddings

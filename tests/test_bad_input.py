@@ -119,12 +119,13 @@ def finished(folder):
     shutil.copy(folder / "routers.safetensors", folder / "runs" / "done")
 
 
-def halfway(folder, **more):
+def halfway(folder, arguments=None, **more):
     """A run that was stopped after three steps, on other data."""
     (folder / "runs" / "halfway").mkdir(parents=True)
     model = build_routed(vocab_size=128)
     state = {"exp_avg": torch.ones(1), "keep": torch.ones(1)} | more
-    about = {"step": 3, "arguments": vars(tune.parse_arguments(["--layers", "2,3,4"])), "fingerprints": {"data": 1, "weights": 2}}
+    about = {"step": 3, "arguments": arguments or vars(tune.parse_arguments(["--layers", "2,3,4"]))}
+    about["fingerprints"] = {"data": 1, "weights": 2}
     mindskip.save_routers(model, folder / "runs" / "halfway" / "routers.safetensors", state, **about)
 
 
@@ -139,7 +140,7 @@ TUNE = {
     "capacity that is no number": (["--capacity", "half"], nothing, "invalid float value: 'half'"),
     "layer 0": (["--layers", "0,3"], nothing, "never layer 0): got (0, 3)"),
     "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
-    "a layer out of range": (["--layers", "3,8"], nothing, "layers (3, 8): `self_attn` is, after its first, in layers [1, 2, 3, 4, 5]"),
+    "a layer out of range": (["--layers", "3,8"], nothing, "layers (3, 8): only the attention of layers [1, 2, 3, 4, 5] can be routed"),
     "layers that are no numbers": (["--layers", "all"], nothing, "invalid int value: 'all'"),
     "no steps": (["--steps", "0"], nothing, "--steps: 0: must be between 1 and"),
     "an infinite learning rate": (["--lr", "inf"], nothing, "--lr: inf: must be"),
@@ -158,7 +159,7 @@ TUNE = {
     "no such model": (["--model", "nowhere"], nothing, "--model nowhere: no such folder"),
     "a folder without a model": (["--model", "data"], nothing, "config.json"),
     "a Hub id that cannot be had": (["--model", "some/model"], nothing, "some/model"),
-    "a model whose layers cannot be routed": ([], gpt2, "`self_attn` is, after its first, in layers []"),
+    "a model whose layers cannot be routed": ([], gpt2, "only the attention of layers [] can be routed"),
     "a model that brings code": (
         [], edit_config(model_type="mine", auto_map={"AutoConfig": "my.Config"}), "`trust_remote_code=True`"),
     "a model of an unknown type": ([], edit_config(model_type="mine"), "mine"),
@@ -214,7 +215,9 @@ TUNE = {
     "progress on other data": (
         ["--resume", "runs/halfway"], lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "data or weights changed"),
     "another budget for a run that began": (["--resume", "runs/halfway", "--capacity", "0.25"],
-        lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "--resume runs/halfway: layers, capacity, "),
+        lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "--resume runs/halfway: that run has {'capacity': 0.5}"),
+    "progress of another version": (["--resume", "runs/halfway"],
+        lambda folder: halfway(folder, exp_avg_sq=torch.ones(1), arguments={"layers": [2, 3, 4]}), "--resume runs/halfway: "),
     "a finished run to resume": (["--resume", "runs/done"], finished, "--resume runs/done: this run is finished"),
 }  # fmt: skip
 
@@ -476,6 +479,15 @@ def test_no_memory_on_a_cpu_is_one_line(folder, capfd, monkeypatch):
         small_run(folder)
     error = capfd.readouterr().err
     assert stop.value.code == 2 and "out of memory" in error and len(error.strip().splitlines()) == 1
+
+
+def test_another_failure_that_speaks_of_memory_is_not_called_so(folder, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "tune", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        small_run(folder)
 
 
 def test_moments_that_are_not_finite_leave_the_routers_alone(tmp_path):
