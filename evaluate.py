@@ -73,7 +73,10 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
         if not nats.isfinite().all():
             bad = [index[i] for i in (~nats.isfinite()).nonzero()[:, 0]]
             raise FloatingPointError(f"the loss of examples {bad[:5]} is not finite; try --dtype float32")
-        parts.append((correct.cpu(), nats.cpu(), last(model, "gate").T.cpu()))
+        share = torch.stack(
+            [router.gate.sum(1) / router.counted.sum(1) for router in mindskip.routers(model)], 1
+        )
+        parts.append((correct.cpu(), nats.cpu(), share.detach().cpu()))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
 
@@ -114,22 +117,30 @@ def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
 
 @torch.no_grad()
 def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_size: int) -> tuple[int, ...]:
-    """`count` attention layers, never the first: lowest mean 1 - cos(x, x + F(x)) over prompts.
+    """`count` layers, never the first, to skip in: lowest mean 1 - cos(before, after) over prompts.
 
-    F(x) is what the attention sublayer adds to the residual stream x. Source: arXiv 2406.15786, section 3.
+    before, after: the residual stream at what the model's gates can skip. Source: arXiv 2406.15786, section 3.
     """
     seen, totals, handles = {}, {}, []
+    what = mindskip.routers(model)[0].config.granularity.split("-")[0]
 
     def watch(i: int, layer) -> None:
+        sublayer = layer.mlp if what == "mlp" else layer.self_attn
+
         def enter(_, args, kwargs):
             seen[i] = args[0] if args else kwargs["hidden_states"], None
 
-        def leave(child, args, output):  # attention; then a norm or dropout on its way to the residual stream
-            if child is layer.self_attn or (args and args[0] is seen[i][1]):
+        def add(child, args, output):  # then a norm or dropout on its way to the residual stream
+            if child is sublayer or (args and args[0] is seen[i][1]):
                 seen[i] = seen[i][0], output[0] if isinstance(output, tuple) else output
 
+        def leave(_, args, output):
+            (x, added), y = seen[i], output[0] if isinstance(output, tuple) else output
+            seen[i] = {"attention": (x, x + added), "mlp": (y - added, y), "block": (x, y)}[what]
+
         handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.extend(child.register_forward_hook(leave) for child in layer.children())
+        handles.extend(child.register_forward_hook(add) for child in layer.children())
+        handles.append(layer.register_forward_hook(leave))
 
     for i in attention_layers(model)[1:]:
         watch(i, mindskip.decoder_of(model).layers[i])
@@ -139,9 +150,9 @@ def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_s
             mindskip.decoder_of(model)(
                 batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             )
-        for i, (x, added) in seen.items():
-            cosine = torch.nn.functional.cosine_similarity(x.float(), (x + added).float(), dim=-1)
-            totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(x.device)].sum().item()
+        for i, (before, after) in seen.items():
+            cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(before.device)].sum().item()
     for handle in handles:
         handle.remove()
     return tuple(sorted(sorted(totals, key=totals.get)[:count]))
@@ -180,11 +191,18 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
 # ---- Cost
 
 
-def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logits: int = 1) -> float:
+def forward_flops(
+    model,
+    tokens: int,
+    visible: int,
+    keep: dict[int, float],
+    logits: int = 1,
+    granularity: str = "attention-sequence",
+) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows that run
-    a layer's attention, 1 where none is given. logits: tokens that go through the output head.
+    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows or tokens that run
+    what a gate of this granularity skips, 1 where none is given. logits: tokens that the output head sees.
 
     Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal
     masks and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
@@ -196,14 +214,18 @@ def forward_flops(model, tokens: int, visible: int, keep: dict[int, float], logi
         matrices = [p for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
         return sum(p[0].numel() * visited if p.ndim == 3 and visited else p.numel() for p in matrices)
 
+    what, unit = granularity.split("-")
     total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for i, layer in enumerate(mindskip.decoder_of(model).layers):
+        share = keep.get(i, 1.0)
+        if share < 1:
+            gated = {"attention": "self_attn", "mlp": "mlp"}.get(what)
+            total -= 2.0 * tokens * (1 - share) * size(getattr(layer, gated) if gated else layer)
         total += 2.0 * tokens * size(layer)
         if getattr(layer, "self_attn", None) is not None:
-            matrices = 2.0 * tokens * size(layer.self_attn)
             scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
-            total += keep.get(i, 1.0) * (matrices + scores) - matrices
+            total += scores * (1 if what == "mlp" else share**2 if unit == "token" else share)
     return total
 
 
@@ -272,7 +294,9 @@ def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
             for router in mindskip.routers(model):
-                share = router.gate.mean().item() * len(group) / sum(map(len, prompts))
+                share = (
+                    (router.gate.sum() / router.counted.sum()).item() * len(group) / sum(map(len, prompts))
+                )
                 found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
     return found
 
@@ -373,6 +397,7 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
     """
     groups, layers = prompts.split(size), [router.layer for router in mindskip.routers(routed)]
     closed, has_limit = dict.fromkeys(layers, torch.zeros(size, dtype=torch.bool)), False
+    granularity = mindskip.routers(routed)[0].config.granularity
     with fix_gates(routed, closed):
         expected = routed(groups[0], logits_to_keep=1).logits
     with suppress(AttributeError, TypeError):  # of layers of another kind
@@ -384,21 +409,25 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
         for k, group in enumerate(groups):
             some = {i: gate[k * size :][:size] for i, gate in (gates or {}).items()}
             row.append(partial(fix_gates, routed, some))
-            with row[k]():
-                prefill(routed, group)
-            found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
-            limit.append(partial(nullcontext, removed(dense, found)))
-            if len(multiply) < len(groups):  # by the gates of the first way
-                multiply.append(partial(nullcontext, multiplied(dense, found)))
-        rows |= {name: row} | ({f"{name}, removed": limit} if has_limit and name != "static" else {})
-    rows["multiply"] = multiply
+            if granularity == "attention-sequence":
+                with row[k]():
+                    prefill(routed, group)
+                found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
+                limit.append(partial(nullcontext, removed(dense, found)))
+                if len(multiply) < len(groups):  # by the gates of the first way
+                    multiply.append(partial(nullcontext, multiplied(dense, found)))
+        rows |= {name: row} | (
+            {f"{name}, removed": limit} if limit and has_limit and name != "static" else {}
+        )
+    rows |= {"multiply": multiply} if multiply else {}
     cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
     for name in ways:
         cost.get(f"{name}, removed", {})["kept"] = cost[name]["kept"]
     for row in cost.values():
         row["keep"] = statistics.mean(row["kept"].values()) if row["kept"] else 1.0
-        row["prefill_gflop"] = forward_flops(dense, length, length, row["kept"]) / 1e9
-        row["decode_mflop"] = forward_flops(dense, 1, length + args.new_tokens, row["kept"]) / 1e6
+        flops = partial(forward_flops, dense, keep=row["kept"], granularity=granularity)
+        row["prefill_gflop"] = flops(length, length) / 1e9
+        row["decode_mflop"] = flops(1, length + args.new_tokens) / 1e6
     return cost
 
 

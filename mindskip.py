@@ -10,12 +10,15 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
     gate        m, exactly 0.0 or 1.0; 1 runs attention
     capacity    target fraction of open gates (a setting); keep ratio: measured fraction (a result)
     voters      tokens that the mean is taken over: those of the prompt, never padding, never an answer
-    shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size
+    granularity what F is (attention, mlp, or block: a whole layer), and what shares a gate (sequence, token)
+    shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size,
+                U gates in a row: 1, or T where each token has its own
 
-In training mode every attention is computed and multiplied by its gate, so that closed gates get a gradient.
-In evaluation a closed gate calls no attention and caches nothing. Same gates, same output, in either mode.
+In training mode all is computed and multiplied by its gate, so that closed gates get a gradient.
+In evaluation a closed gate calls nothing and caches nothing. Same gates, same output, in either mode.
 `add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
-Differs from the paper: only prompt tokens vote, and only once, at prefill.
+Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
+x_t . w), a skipped token isn't there for others: no query, no key, no value, as in Mixture of Depths.
 """
 
 import inspect
@@ -39,12 +42,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 
+GRANULARITIES = [f"{what}-{unit}" for what in ("attention", "mlp", "block") for unit in ("sequence", "token")]
+
+
 @dataclass(frozen=True)
 class MindSkipConfig:
     """Configuration stored with the routers. ValueError if a value is out of range."""
 
     layers: tuple[int, ...]  # routed decoder layers, from 1 up: the KV cache takes its length from layer 0
-    granularity: str = "attention-sequence"  # what is gated, and the unit that shares a gate
+    granularity: str = "attention-sequence"  # what is gated, and the unit that shares a gate (GRANULARITIES)
     threshold: float = 0.5  # score in [0, 1] at or above which a gate opens
     capacity: float = 0.5  # target keep ratio, a fraction in [0, 1]
 
@@ -52,8 +58,8 @@ class MindSkipConfig:
         object.__setattr__(self, "layers", layers := tuple(sorted(self.layers)))
         if not layers or len(set(layers)) < len(layers) or any(type(i) is not int or i < 1 for i in layers):
             raise ValueError(f"layers must differ and be integers from 1 up (never layer 0): got {layers}")
-        if self.granularity != "attention-sequence":
-            raise ValueError(f"granularity must be 'attention-sequence', got {self.granularity!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {GRANULARITIES}, got {self.granularity!r}")
         for name in ("threshold", "capacity"):
             if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
@@ -67,37 +73,50 @@ def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The router of one layer: whether its attention runs."""
+    """The router of one layer: what of it runs."""
 
     def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int, device=None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
-        self.drawn = None  # thresholds (B,) in place of the configured one; tune.py draws gates with them
+        self.drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
-        self.logit = self.gate = None  # (B,) and (B, 1, 1), of the last forward
+        self.logit = self.gate = self.counted = None  # (B, U) of the last forward; counted: not padding
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
-        """Logits (B,), from x (B, T, D) after layer norm and voters (B, T) bool.
+        """Logits (B, U), from x (B, T, D) after layer norm and voters (B, T) bool.
 
         In float32 whatever the model's dtype: bfloat16 would round a logit of -0.003 to a score of 0.5: open.
         """
         with torch.autocast(x.device.type, enabled=False):
-            share = voters / voters.sum(1, keepdim=True)  # (B, T)
-            mean = (share[:, None] @ x.float())[:, 0]  # (B, D)
-            return mean @ self.weight
+            x = x.float()
+            if not self.is_token:
+                share = voters / voters.sum(1, keepdim=True)  # (B, T)
+                x = share[:, None] @ x  # (B, 1, D)
+            return x @ self.weight
+
+    @property
+    def is_token(self) -> bool:
+        return self.config.granularity.endswith("token")
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
-        """The gate (B, 1, 1) of new sequences, from the normalised input x (B, T, D) of their attention."""
+        """Gates (B, U), from the normalised input x (B, T, D): of new sequences, or of these tokens."""
+        counted = call.real(x) if self.is_token else torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         if self.fixed is None:
-            logit, threshold = self(x, call.votes(x)), self.config.threshold
-            gate = straight_through(logit.sigmoid(), threshold if self.drawn is None else self.drawn)
+            logit = self(x, None if self.is_token else call.votes(x))
+            threshold = self.config.threshold if self.drawn is None else self.drawn[:, : counted.shape[1]]
+            gate = straight_through(logit.sigmoid(), threshold)
         else:
-            logit, gate = None, torch.as_tensor(self.fixed, device=x.device).float().reshape(-1)
-            if len(gate) not in (1, len(x)):
-                raise ValueError(f"fix_gates: {len(gate)} gates for a batch of {len(x)}")
-        gate = gate.expand(len(x))[:, None, None]
-        self.logit, self.gate = logit, gate  # for `last`; not read here, where another thread may write
+            logit, gate = None, torch.as_tensor(self.fixed, device=x.device).float()
+            gate = gate if gate.ndim == 2 else gate.reshape(-1, 1)
+            if any(n not in (1, m) for n, m in zip(gate.shape, counted.shape)):
+                raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {(*counted.shape,)}")
+        gate = gate * counted  # padding is skipped; (B, U)
+        self.logit, self.gate, self.counted = (
+            logit,
+            gate,
+            counted,
+        )  # for `last`; another thread may write here
         return gate
 
     def _apply(self, fn, recurse=True):
@@ -107,7 +126,7 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"logit": None, "gate": None}  # a graph can't be copied
+        return self.__dict__ | {"logit": None, "gate": None, "counted": None}  # a graph can't be copied
 
 
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
@@ -118,23 +137,27 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
     """
     if not 0 <= capacity <= 1:
         raise ValueError(f"capacity must be a fraction in [0, 1], got {capacity}")
-    mean = last(model, "gate").mean()
+    mean = last(model, "gate").sum() / last(model, "counted").sum()
     if keep is not None:
         mean = keep + (mean - mean.detach())
     return torch.relu(mean - capacity)
 
 
 def keep_ratio(model: nn.Module) -> float:
-    """The fraction of gates, over routed layers and rows, that were open in the last forward."""
-    return last(model, "gate").mean().item()
+    """The fraction of gates, over routed layers and rows or tokens, that were open in the last forward."""
+    return (last(model, "gate").sum() / last(model, "counted").sum()).item()
 
 
 def last(model: nn.Module, what: str) -> Tensor:
-    """Each "gate" of the last forward, or each "logit" from which a router decided; (routed layers, B)."""
+    """Each "gate" of the last forward, or each "logit" from which a router decided, or what was "counted".
+
+    (routed layers, B), or (routed layers, B, T) where each token has a gate; padding isn't counted, and closed.
+    """
     found = [one for one in (getattr(router, what) for router in routers(model)) if one is not None]
     if not found:
         raise ValueError(f"no {what} yet: the model needs routers (add_mindskip) and a forward pass")
-    return torch.stack([one.flatten().to(model.device) for one in found])
+    found = torch.stack([one.to(model.device) for one in found])
+    return found if routers(model)[0].is_token else found[..., 0]
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -148,7 +171,10 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
-    """Overrule routers: {layer: one bool, or a (B,) bool tensor}. Layers not named keep their router."""
+    """Overrule routers: {layer: one bool, or a (B,) bool tensor}. Layers not named keep their router.
+
+    Where each token has a gate, (B, T) will do, too.
+    """
     before = {router: router.fixed for router in routers(model) if router.layer in gates}
     if unknown := sorted(set(gates) - {router.layer for router in before}):
         raise ValueError(f"layers {unknown} are not routed: routed are {[r.layer for r in routers(model)]}")
@@ -164,52 +190,131 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
             router.fixed = fixed
 
 
-# ---- Gated attention. Classes named _... are mixed into the classes of modules that the model has (_mix_in).
+# ---- The gate. Classes named _... are mixed into the classes of modules that the model has (_mix_in).
 # A module so stays where it is, and every name as it is. They act in `__call__`, so that hooks run inside.
-class _GatedAttention:
-    """Mixed into attention. Its new child `router` decides; then it computes, multiplies or skips."""
+class _Gated:
+    """Mixed into an MLP, and with more below into attention, or a layer: computed, multiplied or skipped."""
 
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
 
-    def __call__(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Attention of (B, T, D) where the gate is open, else zeros; returns (output, attention weights)."""
-        call, router, cache, x = _CALL.get(), self.router, kwargs.get("past_key_values"), None
+    def __call__(self, *args, **kwargs) -> Tensor | tuple:
+        """What the module gives for its input (B, T, D) where the gate is open; else `nothing`."""
+        router, call = self.router, _current(self)
+        hidden, *others = args or [kwargs.pop("hidden_states")]
+        kwargs |= zip(_parameters(type(self).forward)[1:], others)
         if router.training:
-            if cache is not None and cache.get_seq_length(router.layer) > 0:
-                raise ValueError("training mode cannot continue a KV cache: call model.eval()")
-            x = self.normalise(hidden_states)
-            gate = router.decide(x, call)
-            output, *more = super().__call__(hidden_states=x, **kwargs)
-            return output * gate.to(output.dtype), *more
+            x = self.normalise(hidden)
+            gate = router.decide(self.seen(x), call)
+            if router.is_token and self.keeps_keys:
+                at, is_open = torch.arange(x.shape[1], device=x.device)[None], gate.detach() > 0
+                is_there = is_open[:, None] | (
+                    at[..., None] == at[:, None]
+                )  # a closed token sees itself, too
+                kwargs["attention_mask"] = token_mask(
+                    kwargs.get("attention_mask"), at, at, is_there, x.shape[1]
+                )
+            output, *more = _as_tuple(super().__call__(x, **kwargs))
+            gate = gate[..., None].to(output.dtype)  # (B, U, 1)
+            return self.result(output * gate + self.nothing(hidden) * (1 - gate), more)
 
-        memory = SimpleNamespace(gate=None) if cache is None else _routed_cache_layer(cache, router.layer)
+        cache = kwargs.get("past_key_values", call.given.get("past_key_values"))
+        if router.is_token:
+            return self.by_token(hidden, cache, call, kwargs)
+        x, memory = None, SimpleNamespace(gate=None)
+        if cache is not None:
+            memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
-            x = self.normalise(hidden_states) if router.fixed is None else None
-            memory.gate = router.decide(hidden_states if x is None else x, call).detach()
+            x = self.normalise(hidden) if router.fixed is None else None
+            memory.gate = router.decide(hidden if x is None else self.seen(x), call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
-            memory.count = len(memory.rows)
+            memory.count, memory.counted = len(memory.rows), router.counted
             # What closed attention gives; one row will do where it is only added to the residual stream.
-            memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden_states[:1, :1])
+            memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden[:1, :1])
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
-        elif call.voters is not None and call.voters.shape != hidden_states.shape[:2]:
+        elif call.voters is not None and call.voters.shape != hidden.shape[:2]:
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
             # Not by assignment: at every token and layer, what nn.Module does then would show.
-            vars(router).update(gate=memory.gate, logit=None)
+            vars(router).update(gate=memory.gate, logit=None, counted=memory.counted)
         rows, count = memory.rows, memory.count
-        if count == hidden_states.shape[0]:
-            return super().__call__(hidden_states=self.normalise(hidden_states) if x is None else x, **kwargs)
+        if count == hidden.shape[0]:
+            return super().__call__(self.normalise(hidden) if x is None else x, **kwargs)
         if count == 0:
-            return memory.nothing if self.own_norm else torch.zeros_like(hidden_states), None
-        output = torch.zeros_like(hidden_states)
-        x = self.normalise(hidden_states.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
-        kwargs = {name: take_rows(value, rows, len(output)) for name, value in kwargs.items()}
-        kept, *more = super().__call__(hidden_states=x, **kwargs)
-        return output.index_copy_(0, rows, kept.to(output.dtype)), *more  # autocast may have changed it
+            return self.result(memory.nothing if self.own_norm else self.nothing(hidden), [None])
+        x = self.normalise(hidden.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
+        kwargs = {name: take_rows(value, rows, len(hidden)) for name, value in kwargs.items()}
+        kept, *more = _as_tuple(super().__call__(x, **kwargs))
+        # Autocast may have changed the dtype.
+        return self.result(self.nothing(hidden).index_copy_(0, rows, kept.to(hidden.dtype)), more)
+
+    def by_token(self, hidden: Tensor, cache: Cache | None, call: "Call", kwargs: dict) -> Tensor | tuple:
+        """Where each token has a gate: rows keep different numbers of tokens, so that some columns are void."""
+        router, x, tokens, memory = self.router, self.normalise(hidden), hidden.shape[1], None
+        if cache is not None and self.keeps_keys:
+            memory = _routed_cache_layer(cache, router, tokens)
+        is_open = router.decide(self.seen(x), call).detach() > 0  # (B, T)
+        if not (count := int(is_open.sum(1).max())):
+            return self.result(self.nothing(hidden), [None])
+        index = is_open.int().argsort(dim=1, stable=True)[
+            :, tokens - count :
+        ]  # (B, K): kept tokens come last
+        is_kept, mask = is_open.gather(1, index), kwargs.get("attention_mask")
+        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
+        if self.keeps_keys:
+            total = tokens if memory is None else memory.get_seq_length()  # with those of this call
+            places, visible = (index + total - tokens).where(is_kept, -1), total
+            if memory is not None:
+                places = memory.places = (
+                    torch.cat([memory.places, places], 1) if memory.places is not None else places
+                )
+                visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
+            if places.shape[1] < total or visible < total or (places < 0).any():
+                is_there = (places >= total - visible)[:, None]
+                mask = token_mask(mask, index + total - tokens, places, is_there, total)
+            kwargs["attention_mask"] = mask
+        kept, *more = _as_tuple(super().__call__(take_tokens(x, index, tokens), **kwargs))
+        output = self.nothing(hidden)
+        row, column = is_kept.nonzero(as_tuple=True)
+        output[row, index[row, column]] = kept[row, column].to(output.dtype)
+        return self.result(output, more)
+
+    keeps_keys = False  # whether what is skipped leaves no key and no value in the KV cache
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the router sees of a module's input."""
+        return x
+
+    def nothing(self, hidden: Tensor) -> Tensor:
+        """A new tensor: what stands where a gate is closed, before the residual stream is added."""
+        return torch.zeros_like(hidden)
+
+    def result(self, output: Tensor, more: list) -> Tensor | tuple:
+        return output
+
+
+class _GatedAttention(_Gated):
+    keeps_keys = True
+
+    def result(self, output: Tensor, more: list) -> tuple:
+        return output, *more  # and the attention weights
+
+
+class _GatedBlock(_Gated):
+    keeps_keys = True
+
+    def seen(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x.float(), x.shape[-1:])  # the residual stream isn't normalised
+
+    def nothing(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()  # a layer's output has the residual stream in it
+
+
+def _as_tuple(output: Tensor | tuple) -> tuple:
+    return output if isinstance(output, tuple) else (output,)
 
 
 class _DeferredNorm:
@@ -217,6 +322,39 @@ class _DeferredNorm:
 
     def __call__(self, x: Tensor, asked: bool = False) -> Tensor:
         return super().__call__(x) if asked else x
+
+
+def take_tokens(value, index: Tensor, tokens: int):
+    """The tokens `index` (B, K) of everything that has one entry for each token, (B or 1, T, ...)."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, len(index)):
+        if value.shape[1] == tokens:
+            rows = torch.arange(len(index), device=index.device)[:, None]
+            return value.expand(len(index), *value.shape[1:])[rows, index]
+    return tuple(take_tokens(item, index, tokens) for item in value) if isinstance(value, tuple) else value
+
+
+def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
+    """Who sees whom, (B, 1, Q, K): as `mask` (B, 1, T, S) or, if None, causality tells, of keys that are there.
+
+    queries (B, Q), keys (B, K): places in the sequence, of `total` tokens. is_there: (B, Q or 1, K) bool.
+    """
+    is_seen = is_there & (keys[:, None] <= queries[..., None])
+    if mask is None:
+        return is_seen[:, None]
+    if mask.ndim != 4:
+        raise ValueError("a gate for each token needs the attention implementation eager or sdpa")
+    queries, keys = (
+        queries - (total - mask.shape[2]),
+        keys - (total - mask.shape[3]),
+    )  # a window has fewer keys
+    is_seen, rows = is_seen & (keys >= 0)[:, None], torch.arange(len(is_seen), device=mask.device)
+    mask = mask.expand(len(rows), -1, -1, -1)[
+        rows[:, None, None], :, queries[..., None], keys.clamp(0)[:, None]
+    ]
+    mask, is_seen = mask.movedim(-1, 1), is_seen[:, None]
+    if mask.dtype == torch.bool:
+        return mask & is_seen
+    return mask.masked_fill(~is_seen, torch.finfo(mask.dtype).min)
 
 
 def take_rows(value, rows: Tensor | slice, batch: int):
@@ -237,25 +375,31 @@ class Call(NamedTuple):
     prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
     given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
 
+    def real(self, x: Tensor) -> Tensor:
+        """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
+        padding = self.given.get("attention_mask")
+        if isinstance(padding, Tensor) and padding.ndim == 2:
+            return padding[:, -x.shape[1] :].bool().to(x.device)
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
     def votes(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
         if "votes" in self.given:  # another layer asked
             return self.given["votes"].to(x.device)
-        padding, places = self.given.get("attention_mask"), self.given.get("position_ids")
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if self.voters is None else self.voters
-        if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {mask.dtype} {(*mask.shape,)}")
-        mask = mask.to(x.device)
+        padding, places, mask = self.given.get("attention_mask"), self.given.get("position_ids"), self.real(x)
+        if self.voters is not None:
+            if self.voters.shape != x.shape[:2] or self.voters.dtype != torch.bool:
+                told = f"{self.voters.dtype} {(*self.voters.shape,)}"
+                raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {told}")
+            mask = mask & self.voters.to(x.device)
+        elif getattr(padding, "ndim", 2) != 2:
+            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
+        elif padding is None and places is not None and (places.diff() < 0).any():
+            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
         if self.prompt is not None:
             if x.shape[1] < self.prompt:
                 raise ValueError(f"a decision needs the whole prompt: {self.prompt} tokens, not {x.shape[1]}")
             mask = mask & (torch.arange(x.shape[1], device=x.device) < self.prompt)
-        if isinstance(padding, Tensor) and padding.ndim == 2:
-            mask = mask & padding[:, -x.shape[1] :].bool().to(x.device)
-        elif self.voters is None and padding is not None:
-            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
-        elif self.voters is None and places is not None and (places.diff() < 0).any():
-            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
         if not mask.any(1).all():
             rows = (~mask.any(1)).nonzero()[:, 0].tolist()
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
@@ -276,6 +420,8 @@ class _CallingModel:
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
         if kwargs.get("output_attentions", self.config.output_attentions) and not self.training:
             raise ValueError("output_attentions: attention that is skipped has no weights")
+        if self.training and (cache := kwargs.get("past_key_values")) and cache.get_seq_length() > 0:
+            raise ValueError("training mode cannot continue a KV cache: call model.eval()")
         if voters is None and (labels := kwargs.get("labels")) is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
@@ -300,19 +446,29 @@ class _CallingModel:
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
 
 
+def _current(module: nn.Module) -> Call:
+    """The call that this module runs in. ValueError if there is none, or it would train wrongly."""
+    if (call := _CALL.get()) is None:
+        raise ValueError("a routed layer was called by itself: call the model, or its decoder")
+    checkpointed = getattr(module, "_gradient_checkpointing_func", None)
+    if module.training and getattr(checkpointed, "keywords", {}).get("use_reentrant"):
+        raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
+    return call
+
+
 class _RoutedLayer:
-    """Mixed into a decoder layer: takes the call along as an argument. Arguments are all that gradient
-    checkpointing keeps until it runs `forward` again, in the backward pass."""
+    """Mixed into a decoder layer, whose attention or MLP has a gate: tells the gate of the call.
+
+    In training, as an argument: arguments are all that gradient checkpointing keeps until it runs `forward`
+    again, in the backward pass. In evaluation it notes the KV cache, of which an MLP isn't told.
+    """
 
     def __call__(self, *args, **kwargs):
-        if (call := _CALL.get()) is None:
-            raise ValueError("a routed layer was called by itself: call the model, or its decoder")
-        if not self.training:
-            return super().__call__(*args, **kwargs)
-        checkpointed = getattr(self, "_gradient_checkpointing_func", None)
-        if getattr(checkpointed, "keywords", {}).get("use_reentrant"):
-            raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
-        return super().__call__(*args, call=call, **kwargs)
+        call = _current(self)
+        if self.training:
+            return super().__call__(*args, call=call, **kwargs)
+        call.given["past_key_values"] = kwargs.get("past_key_values")
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args, call: Call | None = None, **kwargs):
         return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
@@ -322,59 +478,99 @@ class _RoutedLayer:
 ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and token: rows can be left out
 
 
-class _RoutedCacheLayer(CacheLayerMixin):
-    """Mixed into a layer of a KV cache: keys and values of the kept rows only, and the decision."""
+class _CacheLayer(CacheLayerMixin):
+    """Mixed into a layer of a KV cache, which may hold fewer keys than the model has seen."""
 
-    gate = rows = count = None  # (B, 1, 1), None before routing; indices of the open rows; how many
-    fixed = nothing = None  # gates that overruled the router; what closed attention gives
     first = None  # the cache's first layer, which knows the length even where this one is closed
-
-    def get_seq_length(self) -> int:
-        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
-        return super().get_seq_length() if self.is_initialized and self.count else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.cumulative_length = self.get_seq_length()  # a sliding window counts only tokens that it gets
         return super().get_mask_sizes(query_length)
 
+    def batch_select_indices(self, index: Tensor) -> None:
+        self.reorder_cache(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+
+
+class _RowCacheLayer(_CacheLayer):
+    """The decision of each row, and, but for an MLP, keys and values of the kept rows only."""
+
+    gate = counted = rows = count = None  # (B, 1), None before routing; indices of the open rows; how many
+    fixed = nothing = None  # gates that overruled the router; what closed attention gives
+    has_all_keys = False  # an MLP's gate leaves attention alone
+    batch = property(lambda self: len(self.gate))
+
+    def get_seq_length(self) -> int:
+        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
+        is_known = self.is_initialized and (self.count or self.has_all_keys)
+        return super().get_seq_length() if is_known else self.first.get_seq_length()
+
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if len(keys) != self.count:
+        if len(keys) != self.count and not self.has_all_keys:
             raise ValueError(f"a routed model made this KV cache: {self.count} of {len(keys)} rows")
         return super().update(keys, values, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.is_initialized:  # else closed for all rows
             super().crop(tokens_to_remove)
+        if not self.first.get_seq_length():  # what comes next is a new prompt
+            self.reset()
 
     def reset(self) -> None:
-        self.gate = self.rows = self.count = None
+        self.gate = None
         super().reset()
 
     def reorder_cache(self, index: Tensor) -> None:
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
+        if self.gate is None:
+            return
         index = index.to(self.gate.device)
         place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
-        self.gate = self.gate[index]
+        self.gate, self.counted = self.gate[index], self.counted[index]
         self.rows = self.gate.flatten().nonzero()[:, 0]
         self.count = len(self.rows)
         if self.is_initialized:
-            super().reorder_cache(place[self.rows])
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(len(self.gate)).repeat_interleave(repeats))
+            super().reorder_cache(index if self.has_all_keys else place[self.rows])
 
 
-def _routed_cache_layer(cache: Cache, i: int) -> _RoutedCacheLayer:
-    """Layer i of the cache, made a routed one at its first use."""
+class _TokenCacheLayer(_CacheLayer):
+    """Keys and values of the kept tokens only. Rows that keep fewer have void columns among them."""
+
+    places = None  # (B, columns): a column's place in the sequence, -1 where it is void
+    batch = property(lambda self: len(self.places))
+    update = DynamicLayer.update  # a sliding window that forgets columns can't know which tokens they are
+
+    def get_seq_length(self) -> int:
+        return self.first.get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.places is not None:  # the first layer was cropped before
+            self.places = self.places.where(self.places < self.get_seq_length(), -1)
+
+    def reset(self) -> None:
+        self.places = None
+        super().reset()
+
+    def reorder_cache(self, index: Tensor) -> None:
+        if self.places is not None:
+            index = index.to(self.places.device)
+            self.keys, self.values, self.places = self.keys[index], self.values[index], self.places[index]
+
+
+def _routed_cache_layer(cache: Cache, router: Router, tokens: int) -> _CacheLayer:
+    """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens."""
+    i, is_mlp = router.layer, router.config.granularity.startswith("mlp")
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
-    if not isinstance(layer := cache.layers[i], _RoutedCacheLayer):
-        if type(layer) not in ROUTABLE or layer.get_seq_length() > 0:
-            raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
+    if not isinstance(layer := cache.layers[i], _CacheLayer):
         layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
-        _mix_in({layer: _RoutedCacheLayer})
+        # Before an MLP, the attention of its layer has cached what this call brought.
+        if type(layer) not in ROUTABLE or layer.get_seq_length() > is_mlp * tokens:
+            raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
+        _mix_in({layer: _TokenCacheLayer if router.is_token else _RowCacheLayer})
+        layer.has_all_keys = is_mlp
     return layer
 
 
@@ -405,25 +601,46 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
     if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
+    what = config.granularity.split("-")[0]
     new = []  # all that can fail comes before the first change
     for i in config.layers:
         layer = decoder.layers[i]
-        router = Router(i, config, text.hidden_size, next(layer.self_attn.parameters()).device)
+        sublayer = {"attention": layer.self_attn, "mlp": getattr(layer, "mlp", None), "block": layer}[what]
+        if sublayer is None or hasattr(sublayer, "router") or not re.search(_SOURCE[what], _source(layer)):
+            raise ValueError(f"layer {i} ({type(layer).__name__}) has no {what} that can be left out")
+        router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
-        new.append((layer, layer.self_attn, router, _norm_of_attention_alone(layer)))
-    for layer, attention, router, norm in new:
-        attention.router, attention.own_norm = router, norm
-        _mix_in({attention: _GatedAttention, layer: _RoutedLayer} | dict.fromkeys(norm, _DeferredNorm))
+        norm = _norm_of_attention_alone(layer) if what == "attention" else ()
+        new.append((layer, sublayer, router, norm))
+    for layer, sublayer, router, norm in new:
+        sublayer.router, sublayer.own_norm = router, norm
+        if layer is not sublayer:
+            _mix_in({layer: _RoutedLayer})
+        _mix_in({sublayer: _GATED[what]} | dict.fromkeys(norm, _DeferredNorm))
     _mix_in({model: _CallingModel, decoder: _CallingModel})
     return model
+
+
+_GATED = {"attention": _GatedAttention, "mlp": _Gated, "block": _GatedBlock}
+# How a decoder layer calls what may be left out: what stands in its place must have as many values.
+_SOURCE = {
+    "attention": r"\w+, \w+ = self\.self_attn\(",
+    "mlp": r"\n *\w+ = self\.mlp\(",
+    "block": r"return \w+\s*$",
+}
+
+
+def _source(layer: nn.Module) -> str:
+    return inspect.getsource(type(layer).forward)
 
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
     """The original model again: the same modules, of the same classes, with nothing added."""
     decoder = decoder_of(model)
     for layer in (decoder.layers[router.layer] for router in routers(model)):
-        _mix_in(dict.fromkeys([layer, layer.self_attn, *layer.self_attn.own_norm]))
-        del layer.self_attn.router, layer.self_attn.own_norm
+        sublayer = next(one for one in layer.modules() if isinstance(one, _Gated))
+        _mix_in(dict.fromkeys({layer, sublayer, *sublayer.own_norm}))
+        del sublayer.router, sublayer.own_norm
     _mix_in({one: None for one in {model, decoder} if isinstance(one, _CallingModel)})
     return model
 
@@ -451,7 +668,7 @@ def _norm_of_attention_alone(layer: nn.Module) -> tuple[nn.Module, ...]:
     """
     lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)\s+(#.*\s+)*"
     lines += r"hidden_states, \w+ = self\.self_attn\("
-    found = re.search(lines, inspect.getsource(type(layer).forward))
+    found = re.search(lines, _source(layer))
     return (getattr(layer, found[1]),) if found else ()
 
 

@@ -53,7 +53,7 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
-FIXED = ("layers", "capacity", "estimator", "sparsity_weight", "logit_weight", "batch_size", "lr", "seed")
+FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 DRAWS = 4  # of the gates of each prompt, in a step of rloo
 
 # ---- Tuning. An example is {task, ids, prompt}: of its ids, the first `prompt` vote and the rest is scored.
@@ -88,6 +88,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
     draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
+    is_token = args.granularity.endswith("token")
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
@@ -98,27 +99,30 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        thresholds = torch.rand(len(weights), draws, args.batch_size)  # below s with probability s
-        task_loss, opened = torch.zeros(2, 1, device=model.device)
+        longest = max(len(one["ids"]) for one in batch) if is_token else 1  # gates of a row
+        thresholds = torch.rand(len(weights), draws, args.batch_size, longest)  # below s with probability s
+        task_loss, opened, gated = torch.zeros(3, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
-            for router, drawn in zip(routers, thresholds[:, :, part].flatten(1)):
+            for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
                 router.drawn = drawn.to(router.weight.device) if draws > 1 else None
             nats, _ = score(model, [batch[i] for i in part] * draws)
             nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)  # (rows,): shares of a mean
-            logits, gates = last(model, "logit"), last(model, "gate")  # (routed layers, rows)
+            logits, gates, counted = (last(model, what) for what in ("logit", "gate", "counted"))
             loss = nats.sum()
             if draws > 1:
                 log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
+                log_p = (log_p * counted).transpose(0, 1).flatten(1).sum(1).view(draws, -1)
                 nats = nats.detach().view(draws, -1)
-                loss = ((nats - nats.mean(0)) / (draws - 1) * log_p.sum(0).view(draws, -1)).sum()
+                loss = ((nats - nats.mean(0)) / (draws - 1) * log_p).sum()
             share = len(part) / args.batch_size  # of the step
             loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
-            loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits.square().mean()
+            loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits[counted].square().mean()
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().sum()
-        total = [task_loss, opened, *(weight.grad for weight in weights)]
+            gated += counted.sum()
+        total = [task_loss, opened, gated, *(weight.grad for weight in weights)]
         if world > 1:  # one all-reduce
             dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
             for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
@@ -126,7 +130,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         # ---------------------------------------------------------------------------------------------
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
-        keep, progress = opened.item() / thresholds.numel(), (step - warmup) / (args.steps + 1 - warmup)
+        keep, progress = opened.item() / gated.item(), (step - warmup) / (args.steps + 1 - warmup)
         lr = args.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -165,17 +169,18 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
             mindskip.decoder_of(model)(
                 batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             )
-            scores.append(torch.sigmoid(last(model, "logit")))
-            gates.append(last(model, "gate"))
+            counted = last(model, "counted")
+            scores.append(torch.sigmoid(last(model, "logit")[counted]))
+            gates.append(last(model, "gate")[counted])
         if done < passes:  # the last pass only measures
-            ordered = torch.cat(scores, 1).flatten().sort(descending=True).values
+            ordered = torch.cat(scores).sort(descending=True).values
             count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
             edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
             threshold = edges[count : count + 2].mean().item()
             config = replace(mindskip.routers(model)[0].config, threshold=threshold)
             for router in mindskip.routers(model):
                 router.config = config
-    return torch.cat(gates, 1).mean().item()
+    return torch.cat(gates).mean().item()
 
 
 # ---- Data
@@ -412,7 +417,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Tune the routers of a frozen model.", split="train")
     add = parser.add_argument_group("method").add_argument
     add("--layers", type=number(int, 0, many=True), help="as 3,4; None: the deepest half but the last")
-    add("--granularity", default=MindSkipConfig.granularity, choices=[MindSkipConfig.granularity])
+    add("--granularity", default=MindSkipConfig.granularity, choices=mindskip.GRANULARITIES)
     add("--capacity", type=number(float, 0, 1), default=MindSkipConfig.capacity, help="target keep ratio")
     add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="of the gradient")
     add("--sparsity-weight", type=number(float, 0), default=0.3, metavar="LAMBDA", help="of the budget")

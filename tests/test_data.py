@@ -12,7 +12,9 @@ import tune
 
 def load(path, rows=None, tokenizer=None, split="train", **options):
     name = save_rows(path, rows) if rows is not None else str(path)
-    return tune.load_examples(settings(dataset=name, split=split, **options), "--split", tokenizer or make_tokenizer())
+    return tune.load_examples(
+        settings(dataset=name, split=split, **options), "--split", tokenizer or make_tokenizer()
+    )
 
 
 def parts(example: dict) -> tuple[str, str]:

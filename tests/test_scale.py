@@ -160,9 +160,8 @@ def test_the_third_term_is_the_mean_squared_logit(estimator, monkeypatch):
     assert torch.equal(gates, same)
     for router, drawn in zip(mindskip.routers(model), gates):
         router.training = estimator == "straight-through"  # there gates carry a gradient to the routers below
-        router.drawn = (
-            None if router.training else 2.0 * ~drawn
-        )  # thresholds that give the gates that were drawn
+        # thresholds that give the gates that were drawn
+        router.drawn = None if router.training else 2.0 * ~drawn[:, None]
     tune.score(model, batch)
     assert torch.equal(last(model, "gate").bool(), gates)
     slopes = torch.autograd.grad(mindskip.last(model, "logit").square().mean(), router_parameters(model))

@@ -74,7 +74,9 @@ def maximum(r):
 
 def count(r):
     word, asked = letters(r, 6, 9, "abc"), r.sample("abc", 3)
-    return [(f"count {word}|{asked[0]}", str(word.count(asked[0])))] + [(c, str(word.count(c))) for c in asked[1:]]
+    return [(f"count {word}|{asked[0]}", str(word.count(asked[0])))] + [
+        (c, str(word.count(c))) for c in asked[1:]
+    ]
 
 
 def after(r):
@@ -141,7 +143,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
+    )
 
 
 def make_dataset() -> None:
@@ -227,7 +231,9 @@ def pretrain(tokenizer) -> LlamaForCausalLM:
         first = load_checkpoint(checkpoint, model, optimizer)
     started, average = time.perf_counter(), None
     for step in range(first, STEPS):
-        r = random.Random(step)  # a step's batch depends on its number alone, so that a resumed run is the same
+        r = random.Random(
+            step
+        )  # a step's batch depends on its number alone, so that a resumed run is the same
         ids, labels = pretraining_batch(r, tokenizer)
         gates.fill_(1.0)
         if step >= DENSE_STEPS:
@@ -247,7 +253,10 @@ def pretrain(tokenizer) -> LlamaForCausalLM:
             gates.fill_(1.0)
             seconds = time.perf_counter() - started
             eta = seconds / (step + 1 - first) * (STEPS - step - 1) / 60
-            print(f"step {step + 1}/{STEPS} | loss {average:.3f} | {seconds:,.0f} s | eta {eta:.0f} min", flush=True)
+            print(
+                f"step {step + 1}/{STEPS} | loss {average:.3f} | {seconds:,.0f} s | eta {eta:.0f} min",
+                flush=True,
+            )
     return model
 
 
@@ -259,7 +268,9 @@ def main() -> None:
     tokenizer.save_pretrained(HERE)
     make_dataset()
     if not args.data:
-        pretrain(tokenizer).half().save_pretrained(HERE)  # float16 halves the file; loaded as float32 it is exact
+        pretrain(tokenizer).half().save_pretrained(
+            HERE
+        )  # float16 halves the file; loaded as float32 it is exact
 
 
 if __name__ == "__main__":

@@ -1,0 +1,309 @@
+"""What is gated (attention, an MLP, a whole layer), and what shares a gate (a sequence, a token)."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import FAMILIES, ROUTED, WIDTH, build, tokens
+
+from mindskip import (
+    GRANULARITIES,
+    MindSkipConfig,
+    add_mindskip,
+    fix_gates,
+    keep_ratio,
+    last,
+    load_routers,
+    remove_mindskip,
+    router_parameters,
+    routers,
+    save_routers,
+)
+
+OTHERS = [name for name in GRANULARITIES if name != "attention-sequence"]  # that one has test_mindskip.py
+CLOSE = {
+    "rtol": 1e-4,
+    "atol": 2e-5,
+}  # float32, other shapes: sums of up to 64 terms in another order, 6 layers
+
+
+def build_gated(granularity: str, family: str = "llama", **changes) -> torch.nn.Module:
+    """Random routers, large enough to keep scores away from the threshold."""
+    model = add_mindskip(build(family, **changes), MindSkipConfig(ROUTED, granularity))
+    torch.manual_seed(1)
+    for router in routers(model):
+        router.weight.data.copy_(4.0 * torch.randn(WIDTH))
+    return model
+
+
+def thinned(model, ids: torch.Tensor, gates: dict[int, torch.Tensor], what: str) -> torch.Tensor:
+    """An independent reference, Llama alone: one row, by hand; in a routed layer, skipped tokens aren't there.
+
+    gates: {layer: (T,) bool}.
+    """
+    decoder = model.model
+    hidden = decoder.embed_tokens(ids)
+    cos, sin = decoder.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    everything = torch.arange(ids.shape[1])
+
+    def attend(layer, x, at):
+        normed = layer.input_layernorm(x[:, at])
+        if len(at):
+            mask = torch.ones(len(at), len(at)).tril().bool()[None, None]
+            x[:, at] += layer.self_attn(
+                hidden_states=normed, position_embeddings=(cos[:, at], sin[:, at]), attention_mask=mask
+            )[0]
+
+    def transform(layer, x, at):
+        if len(at):
+            x[:, at] += layer.mlp(layer.post_attention_layernorm(x[:, at]))
+
+    for i, layer in enumerate(decoder.layers):
+        kept = everything[gates[i]] if i in gates else everything
+        hidden = hidden.clone()
+        attend(layer, hidden, everything if what == "mlp" else kept)
+        transform(layer, hidden, everything if what == "attention" else kept)
+    return model.lm_head(decoder.norm(hidden))
+
+
+def decisions(model) -> dict[int, torch.Tensor]:
+    return dict(zip([router.layer for router in routers(model)], last(model, "gate").bool().clone()))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_a_row_equals_the_reference_in_which_skipped_tokens_are_not_there(granularity):
+    model = build_gated(granularity)
+    seen = set()
+    for seed in range(4):
+        ids = tokens(rows=1, seed=seed)
+        found = model(ids).logits
+        gates = {i: gate[0].expand(20) for i, gate in decisions(model).items()}
+        seen |= {int(gate.sum()) for gate in gates.values()}
+        remove_mindskip(model)
+        expected = thinned(model, ids, gates, granularity.split("-")[0])
+        dense = model(ids).logits
+        again = build_gated(granularity)
+        add_mindskip(model, MindSkipConfig(ROUTED, granularity))
+        for router, same in zip(routers(model), routers(again)):
+            router.weight.data.copy_(same.weight)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        if any(not gate.all() for gate in gates.values()):
+            assert (found - dense).abs().max() > 0.01  # a skipped one shows
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+@torch.no_grad()
+def test_training_and_evaluation_agree(granularity, family):
+    """The masked training form computes everything; evaluation only what is kept. Padded on the left."""
+    model = build_gated(granularity, family)
+    ids, mask = tokens(), torch.ones(4, 20, dtype=torch.long)
+    mask[1, :7], mask[3, :12] = 0, 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+    found, gates = model(**given).logits, last(model, "gate")
+    assert 0 < keep_ratio(model) < 1
+    masked = model.train()(**given, use_cache=False).logits
+    assert torch.equal(last(model, "gate"), gates)
+    torch.testing.assert_close(found[mask > 0], masked[mask > 0], **CLOSE)
+    for row in range(4):  # and so do rows alone, without padding
+        alone = model.eval()(ids[row : row + 1, mask[row] > 0]).logits
+        torch.testing.assert_close(found[row, mask[row] > 0], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+@torch.no_grad()
+def test_cached_decoding_equals_the_uncached_forward(granularity, family):
+    model = build_gated(granularity, family)
+    ids, mask = tokens(length=24), torch.ones(4, 24, dtype=torch.long)
+    mask[1, :7], mask[3, :12] = 0, 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, found = None, []
+    for start, end in [(0, 16), (16, 17), (17, 18), (18, 21), (21, 24)]:  # prefill, tokens, chunks
+        output = model(
+            ids[:, start:end], attention_mask=mask[:, :end], position_ids=places[:, start:end],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache = output.past_key_values
+        found.append(output.logits)
+        if not cache_gates_follow(granularity):
+            continue
+        gates = decisions(model) if start == 0 else gates
+    fixed = gates if cache_gates_follow(granularity) else {}
+    with fix_gates(model, fixed):  # of sequences, those of the first 16 tokens
+        whole = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(found, 1)[mask > 0], whole[mask > 0], **CLOSE)
+
+
+def cache_gates_follow(granularity: str) -> bool:
+    return granularity.endswith("sequence")
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_open_gates_reproduce_the_base_model_bit_for_bit(granularity, family):
+    model, ids = build(family), tokens()
+    with torch.no_grad():
+        expected, generated = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+        names = set(model.state_dict())
+        add_mindskip(model, MindSkipConfig(ROUTED, granularity))
+        assert len(set(model.state_dict()) - names) == len(ROUTED)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated)
+        trained = model.train()(ids, use_cache=False).logits
+        assert keep_ratio(model.eval()) == 1.0
+        torch.testing.assert_close(trained, expected, **CLOSE)
+        assert torch.equal(remove_mindskip(model)(ids).logits, expected)
+        assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_closed_gates_call_nothing_and_cache_nothing(granularity, monkeypatch):
+    model, calls = build_gated(granularity), []
+    what = granularity.split("-")[0]
+    for name in ("self_attn", "mlp"):
+        kind = type(getattr(model.model.layers[0], name))
+
+        def counted(self, *args, original=kind.forward, name=name, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    with fix_gates(model, dict.fromkeys(ROUTED, False)):
+        cache = model(tokens()).past_key_values
+        model(tokens(length=1), past_key_values=cache)
+    assert keep_ratio(model) == 0.0
+    assert calls.count("self_attn") == 2 * (6 if what == "mlp" else 3)
+    assert calls.count("mlp") == 2 * (6 if what == "attention" else 3)
+    assert [layer.is_initialized for layer in cache.layers] == [
+        i not in ROUTED or what == "mlp" for i in range(6)
+    ]
+    assert cache.get_seq_length(3) == 21
+
+
+@pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("token")])
+@torch.no_grad()
+def test_only_kept_tokens_are_computed_and_cached(granularity, monkeypatch):
+    model, sizes = build_gated(granularity), []
+    what, ids = granularity.split("-")[0], tokens(rows=1)
+    kind = type(model.model.layers[0].mlp if what == "mlp" else model.model.layers[0].self_attn)
+    original = kind.forward
+
+    def counted(self, *args, **kwargs):
+        sizes.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    cache = model(ids).past_key_values
+    kept = last(model, "gate").sum((1, 2)).int().tolist()
+    assert sizes == [20, 20, *kept, 20] and 0 < min(kept) < max(kept)
+    if what != "mlp":
+        assert [cache.layers[i].keys.shape[2] for i in ROUTED] == kept
+
+
+@pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("token")])
+@torch.no_grad()
+def test_a_token_decides_without_those_after_it_and_padding_never_counts(granularity):
+    model, ids = build_gated(granularity), tokens()
+    model(ids)
+    gates = last(model, "gate")  # (layers, B, T)
+    other = torch.cat([ids[:, :12], tokens(length=8, seed=9)], 1)
+    model(other)
+    assert torch.equal(last(model, "gate")[..., :12], gates[..., :12])
+    mask = torch.ones_like(ids)
+    mask[0, 15:] = 0  # on the right
+    model(ids, attention_mask=mask)
+    assert last(model, "gate")[:, 0, 15:].sum() == 0
+    kept, real = last(model, "gate").sum().item(), 3 * int(mask.sum())
+    assert keep_ratio(model) == pytest.approx(kept / real)
+    assert torch.equal(last(model, "gate")[:, 1:], gates[:, 1:])
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+@torch.no_grad()
+def test_generation_equals_greedy_decoding_that_recomputes_everything(granularity):
+    model, ids = build_gated(granularity), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    beams = model.generate(ids, num_beams=3, **options)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **options))
+    for row in range(4):
+        alone = model.generate(ids[row : row + 1], **options | {"attention_mask": mask[row : row + 1]})
+        assert torch.equal(alone[0], cached[row])
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+def test_cache_operations_keep_decisions_with_their_rows(granularity):
+    model, ids, more = build_gated(granularity), tokens(), tokens(length=3, seed=4)
+    with torch.no_grad():
+        for operate, index in [
+            (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0, 3])), [2, 0, 0, 3]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        ]:
+            cache = model(ids).past_key_values
+            expected = [
+                model(more[:1], past_key_values=model(ids[i : i + 1]).past_key_values).logits for i in index
+            ]
+            operate(cache)
+            found = model(more[:1].expand(len(index), -1), past_key_values=cache).logits
+            torch.testing.assert_close(found, torch.cat(expected), **CLOSE)
+        cache = model(ids).past_key_values
+        model(more, past_key_values=cache)
+        cache.crop(-3)
+        found = model(more, past_key_values=cache).logits
+        again = model(more, past_key_values=model(ids).past_key_values).logits
+        torch.testing.assert_close(found, again, **CLOSE)
+        cache.crop(-23)
+        torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+def test_closed_gates_get_a_gradient(granularity):
+    model = add_mindskip(
+        build(), MindSkipConfig(ROUTED, granularity, threshold=0.6)
+    )  # zero routers score 0.5
+    model.train()(tokens(), labels=tokens(), voters=tokens() > 0).loss.backward()
+    assert keep_ratio(model) == 0
+    assert all(weight.grad.abs().max() > 0 for weight in router_parameters(model))
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+def test_routers_of_every_granularity_are_saved_and_loaded(granularity, tmp_path):
+    model, ids = build_gated(granularity), tokens()
+    save_routers(model, tmp_path / "routers.safetensors")
+    loaded = load_routers(build(), tmp_path / "routers.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert routers(loaded)[0].config.granularity == granularity
+
+
+@pytest.mark.parametrize("granularity", OTHERS)
+@torch.no_grad()
+def test_eager_attention_agrees_with_sdpa(granularity):
+    ids, mask = tokens(), torch.ones(4, 20, dtype=torch.long)
+    mask[2, 14:] = 0
+    found = [
+        build_gated(granularity, attn_implementation=name)(ids, attention_mask=mask).logits
+        for name in ("eager", "sdpa")
+    ]
+    torch.testing.assert_close(found[0][mask > 0], found[1][mask > 0], **CLOSE)
+
+
+def test_what_cannot_be_left_out_is_refused():
+    for family, what in itertools.product(FAMILIES, ("mlp", "block")):
+        model = build(family)
+        before = {name: type(module) for name, module in model.named_modules()}
+        try:
+            add_mindskip(model, MindSkipConfig(ROUTED, f"{what}-sequence"))
+            remove_mindskip(model)
+        except ValueError as error:
+            assert f"has no {what} that can be left out" in str(error)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+    model = build("gpt_oss")  # its MLP gives two values, and has a router of its own
+    with pytest.raises(ValueError, match="GptOssDecoderLayer.* has no mlp that can be left out"):
+        add_mindskip(model, MindSkipConfig(ROUTED, "mlp-token"))
