@@ -2,6 +2,8 @@
 
     python evaluate.py                    # the routers in runs/demo on the demo's test split; two minutes
     python evaluate.py --plot             # and a figure (pip install -e '.[plot]')
+    python evaluate.py --capacity 0.25,0.5,0.75     # the same routers at other budgets; no tuning
+    python evaluate.py --explain "max kqzme="       # each layer's score and gate for a prompt; -: from stdin
     python evaluate.py --what-if --model HuggingFaceTB/SmolLM2-135M    # what would be saved? No tuning
     python evaluate.py --tasks boolq,piqa --routers runs/llama --model meta-llama/Meta-Llama-3-8B \\
         --dataset tatsu-lab/alpaca        # standard benchmarks (pip install -e '.[tasks]')
@@ -38,6 +40,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -53,7 +56,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import mindskip
 from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip, take_rows
-from tune import CALIBRATION, Parser, collate, command, default_layers, describe, from_pretrained
+from tune import CALIBRATION, Parser, calibrate, collate, command, default_layers, describe, from_pretrained
 from tune import load_examples, load_model, naming, number, place, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
@@ -103,12 +106,17 @@ def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> d
     }
 
 
-def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
-    """Routers of `path`, and gates on all other attention but the first, which static rows may close.
+def attach(
+    model, path, capacity: float | None = None, examples=()
+) -> tuple[tuple[int, ...], dict[int, bool]]:
+    """Routers of `path`, and gates on all other layers but the first, which static rows may close.
 
-    Returns the routed layers, and mindskip's row, which leaves the others open.
+    capacity: a budget for which the threshold is chosen again, on `examples`. Returns the routed layers, and
+    mindskip's row, which leaves the others open.
     """
     weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
+    if capacity is not None:
+        calibrate(model, examples, capacity)
     config = replace(mindskip.routers(model)[0].config, layers=tuple(attention_layers(model)[1:]))
     for router in mindskip.routers(mindskip.add_mindskip(remove_mindskip(model), config)):
         router.weight = weights.get(router.layer, router.weight.requires_grad_(False))
@@ -116,16 +124,17 @@ def attach(model, path) -> tuple[tuple[int, ...], dict[int, bool]]:
 
 
 @torch.no_grad()
-def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_size: int) -> tuple[int, ...]:
+def most_redundant(
+    model, gates: dict, examples: list, count: int, batch_size: int, granularity: str = "attention-sequence"
+) -> tuple[int, ...]:
     """`count` layers, never the first, to skip in: lowest mean 1 - cos(before, after) over prompts.
 
-    before, after: the residual stream at what the model's gates can skip. Source: arXiv 2406.15786, section 3.
+    before, after: the residual stream, at what gates can skip. Source: arXiv 2406.15786, section 3.
     """
     seen, totals, handles = {}, {}, []
-    what = mindskip.routers(model)[0].config.granularity.split("-")[0]
 
     def watch(i: int, layer) -> None:
-        sublayer = layer.mlp if what == "mlp" else layer.self_attn
+        sublayer = mindskip.gated_module(layer, granularity)
 
         def enter(_, args, kwargs):
             seen[i] = args[0] if args else kwargs["hidden_states"], None
@@ -136,7 +145,10 @@ def most_redundant(model, gates: dict, examples: list[dict], count: int, batch_s
 
         def leave(_, args, output):
             (x, added), y = seen[i], output[0] if isinstance(output, tuple) else output
-            seen[i] = {"attention": (x, x + added), "mlp": (y - added, y), "block": (x, y)}[what]
+            if sublayer is layer:
+                seen[i] = x, y
+            else:  # attention comes first in a layer, an MLP last
+                seen[i] = (y - added, y) if sublayer is layer.mlp else (x, x + added)
 
         handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
         handles.extend(child.register_forward_hook(add) for child in layer.children())
@@ -169,7 +181,9 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     keep = routed["gates"][:, places].mean().item()
     skipped = round((1 - keep) * len(layers))
     often_open = score_all(model, train, ours, args.micro_batch_size)["gates"][:, places].mean(0)
-    chosen = {"similarity": most_redundant(model, every, train, skipped, args.micro_batch_size)}
+    granularity = mindskip.routers(model)[0].config.granularity
+    redundant = most_redundant(model, every, train, skipped, args.micro_batch_size, granularity)
+    chosen = {"similarity": redundant}
     chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
     is_searched = math.comb(len(every), skipped) <= SUBSETS
     static = dict.fromkeys(itertools.combinations(every, skipped) if is_searched else chosen.values())
@@ -188,21 +202,48 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     return rows, chosen, routed["gates"][:, places]
 
 
+@torch.no_grad()
+def explain(model, tokenizer, text: str, new_tokens: int) -> None:
+    """Print what each router decides for a prompt, and how the model goes on."""
+    prompt = tokenizer(text, return_tensors="pt").to(model.device)
+    model(**prompt, use_cache=False)
+    rows, tokens = {}, prompt["input_ids"][0].tolist()
+    for router in mindskip.routers(model):
+        score, gate = router.logit[0].sigmoid(), router.gate[0] > 0  # (U,)
+        told = "open" if gate.all() else "closed"
+        if router.is_token:  # its kept tokens; skipped ones are dots
+            told = "".join(tokenizer.decode(token) if kept else "." for token, kept in zip(tokens, gate))
+        row = {"score": score.mean().item(), "threshold": router.config.threshold, "gate": told}
+        rows[f"layer {router.layer}"] = row
+    columns = {"score": "{score:.3f}", "threshold": "{threshold:.3f}", "gate": "{gate}"}
+    answer = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)[0, len(tokens) :]
+    print(f"\n{table(text, rows, columns)}\nanswer: {tokenizer.decode(answer, skip_special_tokens=True)}")
+
+
+def show_quality(model, layers: tuple, ours: dict, train: list[dict], test: list[dict], args) -> dict:
+    """Compare quality, and print accuracy by row and keep ratio by task."""
+    quality, chosen, gates = compare_quality(model, layers, ours, train, test, args)
+    tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(quality["dense"]["accuracy"])}
+    print("\n" + table("accuracy %", quality, tasks | QUALITY))
+    print("static closes: " + ", ".join(f"{name} {list(closed)}" for name, closed in chosen.items()) + "\n")
+    is_task = {name: torch.tensor([one["task"] == name for one in test]) for name in tasks}
+    keep = {name: gates[chosen].mean(0).tolist() for name, chosen in is_task.items()}
+    by_layer = {f"layer {i}": f"{{layers[{k}]:.2f}}" for k, i in enumerate(layers)} | {"all": "{all:.2f}"}
+    rows = {name: {"layers": row, "all": statistics.mean(row)} for name, row in keep.items()}
+    print(table("keep ratio", rows, by_layer))
+    return {"quality": quality, "static_layers": chosen, "keep_by_task": keep}
+
+
 # ---- Cost
 
 
 def forward_flops(
-    model,
-    tokens: int,
-    visible: int,
-    keep: dict[int, float],
-    logits: int = 1,
-    granularity: str = "attention-sequence",
+    model, tokens: int, visible: int, keep: dict, logits: int = 1, granularity: str = "attention-sequence"
 ) -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
-    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows or tokens that run
-    what a gate of this granularity skips, 1 where none is given. logits: tokens that the output head sees.
+    tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows, or of
+    tokens, that run what this granularity skips; 1 where none is given. logits: tokens that the head sees.
 
     Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal
     masks and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
@@ -218,11 +259,9 @@ def forward_flops(
     total = 2.0 * logits * model.get_output_embeddings().weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for i, layer in enumerate(mindskip.decoder_of(model).layers):
-        share = keep.get(i, 1.0)
-        if share < 1:
-            gated = {"attention": "self_attn", "mlp": "mlp"}.get(what)
-            total -= 2.0 * tokens * (1 - share) * size(getattr(layer, gated) if gated else layer)
-        total += 2.0 * tokens * size(layer)
+        share, total = keep.get(i, 1.0), total + 2.0 * tokens * size(layer)
+        if i in keep:
+            total -= 2.0 * tokens * (1 - share) * size(mindskip.gated_module(layer, granularity))
         if getattr(layer, "self_attn", None) is not None:
             scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
             total += scores * (1 if what == "mlp" else share**2 if unit == "token" else share)
@@ -441,7 +480,7 @@ def what_if(args) -> dict[str, dict]:
         dense = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, args), **options)
     dense.eval().requires_grad_(False)
     layers = args.layers or default_layers(dense)
-    routed = mindskip.add_mindskip(copied(dense), mindskip.MindSkipConfig(layers))
+    routed = mindskip.add_mindskip(copied(dense), mindskip.MindSkipConfig(layers, args.granularity))
     count, generator = max(args.batch_size), torch.Generator().manual_seed(args.seed)
     is_open = [k >= round((1 - args.keep) * len(layers)) for k in range(len(layers))]
     ways = {"rows agree": {i: torch.full((count,), o) for i, o in zip(layers, is_open)}}
@@ -533,7 +572,8 @@ def compare_tasks(model, tokenizer, layers, ours: dict, train: list[dict], names
     for name, gates in (("dense", every), ("mindskip", ours)):
         rows[name] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     count = round((1 - rows["mindskip"]["keep"]) * len(layers))
-    closed = most_redundant(model, every, train, count, args.micro_batch_size)
+    granularity = mindskip.routers(model)[0].config.granularity
+    closed = most_redundant(model, every, train, count, args.micro_batch_size, granularity)
     gates = every | dict.fromkeys(closed, False)
     rows["static"] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     return rows | {"static": rows["static"] | {"closed": closed}}
@@ -615,6 +655,16 @@ def parse_arguments(argv: list[str] | None = None):
     add("--calibration-split", default="train", help="split that chooses static layers")
     add("--micro-batch-size", type=number(int, 1), default=256, help="examples scored at a time")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the random gates")
+    add(
+        "--capacity",
+        type=number(float, 0, 1, many=True),
+        help="other budgets, as 0.25,0.5; costs are left out",
+    )
+    add(
+        "--explain",
+        metavar="TEXT",
+        help="only tell what routers decide for a prompt; -: one a line, from stdin",
+    )
     add("--plot", action="store_true", help="a figure, too; needs the extra `plot`")
     add = parser.add_argument_group("cost").add_argument
     add("--prompt-length", type=number(int, 1, many=True), default=(128, 512, 2048), help="of timed prompts")
@@ -623,6 +673,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--repeats", type=number(int, 2), default=5, help="timed repeats of every row")
     add("--what-if", action="store_true", help="only time --model, with random weights and gates")
     add("--keep", type=number(float, 0, 1), default=0.5, help="what-if: keep ratio")
+    add("--granularity", choices=mindskip.GRANULARITIES, default=mindskip.GRANULARITIES[0], help="what-if")
     add("--layers", type=number(int, 1, many=True), help="what-if: routed layers, as 3,4; None: as tune.py")
     add = parser.add_argument_group("standard benchmarks, instead; needs the extra `tasks`").add_argument
     add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
@@ -655,6 +706,11 @@ def main(argv: list[str] | None = None) -> None:
     config, step = described["config"], described["about"].get("step")
     manager = load_tasks(names, args.include_path) if names else None
     tokenizer = from_pretrained(AutoTokenizer, args)
+    if args.explain:
+        model = load_routers(load_model(args, [{"ids": [0]}]), path)
+        for text in sys.stdin if args.explain == "-" else [args.explain]:
+            explain(model, tokenizer, text.rstrip("\n"), args.new_tokens)
+        return
     train, _ = load_examples(args, "--calibration-split", tokenizer)
     train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
     test, told = ([], f"{len(names)} tasks") if names else load_examples(args, "--split", tokenizer)
@@ -679,21 +735,18 @@ def main(argv: list[str] | None = None) -> None:
             columns[f"{name} {at['metric']}, {at['shots']}-shot"] = cell
         print(table("%", rows, columns | {"average": "{average:.2f}", "keep": "{keep:.3f}"}))
         return print(f"static closes {rows['static']['closed']}")
-    quality, chosen, gates = compare_quality(model, layers, ours, train, test, args)
-    tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(quality["dense"]["accuracy"])}
-    print("\n" + table("accuracy %", quality, tasks | QUALITY))
-    print("static closes: " + ", ".join(f"{name} {list(closed)}" for name, closed in chosen.items()) + "\n")
-    is_task = {name: torch.tensor([one["task"] == name for one in test]) for name in tasks}
-    keep = {name: gates[chosen].mean(0).tolist() for name, chosen in is_task.items()}
-    by_layer = {f"layer {i}": f"{{layers[{k}]:.2f}}" for k, i in enumerate(layers)} | {"all": "{all:.2f}"}
-    rows = {name: {"layers": row, "all": statistics.mean(row)} for name, row in keep.items()}
-    print(table("keep ratio", rows, by_layer))
+    if args.capacity:
+        for capacity in args.capacity:
+            layers, ours = attach(model, path, capacity, train)
+            print(f"\ncapacity {capacity} | threshold {mindskip.routers(model)[0].config.threshold:.4f}")
+            results[f"capacity {capacity}"] = show_quality(model, layers, ours, train, test, args)
+        return write_json(results, folder / "capacities.json")
+    results |= show_quality(model, layers, ours, train, test, args)
     dense, routed = copied(remove_mindskip(model)), load_routers(model, path)
-    count, closed = max(args.batch_size), len(chosen["similarity"])
+    count, closed = max(args.batch_size), len(results["static_layers"]["similarity"])
     ways = {"mindskip": None, "static": {i: torch.full((count,), k >= closed) for k, i in enumerate(layers)}}
     prompts = partial(long_prompts, test, count)
-    cost = show_costs(dense, routed, ways, lambda length: prompts(length).to(model.device), args)
-    results |= {"quality": quality, "static_layers": chosen, "keep_by_task": keep, "cost": cost}
+    results["cost"] = show_costs(dense, routed, ways, lambda length: prompts(length).to(model.device), args)
     write_json(results, folder / "results.json")
     if args.plot:
         plot(results, folder / "results.png")

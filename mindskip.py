@@ -151,7 +151,7 @@ def keep_ratio(model: nn.Module) -> float:
 def last(model: nn.Module, what: str) -> Tensor:
     """Each "gate" of the last forward, or each "logit" from which a router decided, or what was "counted".
 
-    (routed layers, B), or (routed layers, B, T) where each token has a gate; padding isn't counted, and closed.
+    (routed layers, B), or (routed layers, B, T) where each token has a gate; padding is closed, not counted.
     """
     found = [one for one in (getattr(router, what) for router in routers(model)) if one is not None]
     if not found:
@@ -193,36 +193,40 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 # ---- The gate. Classes named _... are mixed into the classes of modules that the model has (_mix_in).
 # A module so stays where it is, and every name as it is. They act in `__call__`, so that hooks run inside.
 class _Gated:
-    """Mixed into an MLP, and with more below into attention, or a layer: computed, multiplied or skipped."""
+    """Mixed into an MLP: three ways to call it. Attention and blocks differ a little (below)."""
 
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
+    has_keys = False  # whether what is skipped leaves no key and no value in the KV cache
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
-        """What the module gives for its input (B, T, D) where the gate is open; else `nothing`."""
+        """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
         router, call = self.router, _current(self)
         hidden, *others = args or [kwargs.pop("hidden_states")]
         kwargs |= zip(_parameters(type(self).forward)[1:], others)
         if router.training:
-            x = self.normalise(hidden)
-            gate = router.decide(self.seen(x), call)
-            if router.is_token and self.keeps_keys:
-                at, is_open = torch.arange(x.shape[1], device=x.device)[None], gate.detach() > 0
-                is_there = is_open[:, None] | (
-                    at[..., None] == at[:, None]
-                )  # a closed token sees itself, too
-                kwargs["attention_mask"] = token_mask(
-                    kwargs.get("attention_mask"), at, at, is_there, x.shape[1]
-                )
-            output, *more = _as_tuple(super().__call__(x, **kwargs))
-            gate = gate[..., None].to(output.dtype)  # (B, U, 1)
-            return self.result(output * gate + self.nothing(hidden) * (1 - gate), more)
-
-        cache = kwargs.get("past_key_values", call.given.get("past_key_values"))
-        if router.is_token:
-            return self.by_token(hidden, cache, call, kwargs)
-        x, memory = None, SimpleNamespace(gate=None)
-        if cache is not None:
+            return self.call_and_multiply(hidden, kwargs, call)
+        cache, memory = kwargs.get("past_key_values", call.given.get("past_key_values")), None
+        if cache is not None and (self.has_keys or not router.is_token):
             memory = _routed_cache_layer(cache, router, hidden.shape[1])
+        call_on = self.call_on_tokens if router.is_token else self.call_on_rows
+        return call_on(hidden, kwargs, call, memory)
+
+    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor | tuple:
+        """Everything is computed, so that closed gates get a gradient."""
+        x, tokens = self.normalise(hidden), hidden.shape[1]
+        gate = self.router.decide(self.seen(x), call)  # (B, U)
+        if self.router.is_token and self.has_keys:
+            places = torch.arange(tokens, device=x.device)[None]
+            is_there = (gate.detach() > 0)[:, None] | torch.eye(tokens, device=x.device).bool()  # or itself
+            mask = token_mask(kwargs.get("attention_mask"), places, places, is_there, tokens)
+            kwargs["attention_mask"] = mask
+        output, *more = _as_tuple(super().__call__(x, **kwargs))
+        gate = gate[..., None].to(output.dtype)  # (B, U, 1)
+        return self.result(output * gate + self.nothing(hidden) * (1 - gate), more)
+
+    def call_on_rows(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
+        """Only the rows whose gate is open are computed. A decision is made once, at prefill."""
+        router, x, memory = self.router, None, memory or SimpleNamespace(gate=None)
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden) if router.fixed is None else None
             memory.gate = router.decide(hidden if x is None else self.seen(x), call).detach()
@@ -245,41 +249,41 @@ class _Gated:
         x = self.normalise(hidden.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
         kwargs = {name: take_rows(value, rows, len(hidden)) for name, value in kwargs.items()}
         kept, *more = _as_tuple(super().__call__(x, **kwargs))
-        # Autocast may have changed the dtype.
-        return self.result(self.nothing(hidden).index_copy_(0, rows, kept.to(hidden.dtype)), more)
+        kept = kept.to(hidden.dtype)  # autocast may have changed it
+        return self.result(self.nothing(hidden).index_copy_(0, rows, kept), more)
 
-    def by_token(self, hidden: Tensor, cache: Cache | None, call: "Call", kwargs: dict) -> Tensor | tuple:
-        """Where each token has a gate: rows keep different numbers of tokens, so that some columns are void."""
-        router, x, tokens, memory = self.router, self.normalise(hidden), hidden.shape[1], None
-        if cache is not None and self.keeps_keys:
-            memory = _routed_cache_layer(cache, router, tokens)
-        is_open = router.decide(self.seen(x), call).detach() > 0  # (B, T)
-        if not (count := int(is_open.sum(1).max())):
+    def call_on_tokens(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
+        """Only tokens whose gate is open are computed. Rows that keep fewer have void columns before them."""
+        x, tokens = self.normalise(hidden), hidden.shape[1]
+        is_open = self.router.decide(self.seen(x), call).detach() > 0  # (B, T)
+        columns = int(is_open.sum(1).max())
+        if columns == 0:
             return self.result(self.nothing(hidden), [None])
-        index = is_open.int().argsort(dim=1, stable=True)[
-            :, tokens - count :
-        ]  # (B, K): kept tokens come last
-        is_kept, mask = is_open.gather(1, index), kwargs.get("attention_mask")
-        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
-        if self.keeps_keys:
-            total = tokens if memory is None else memory.get_seq_length()  # with those of this call
-            places, visible = (index + total - tokens).where(is_kept, -1), total
-            if memory is not None:
-                places = memory.places = (
-                    torch.cat([memory.places, places], 1) if memory.places is not None else places
-                )
-                visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
-            if places.shape[1] < total or visible < total or (places < 0).any():
-                is_there = (places >= total - visible)[:, None]
-                mask = token_mask(mask, index + total - tokens, places, is_there, total)
-            kwargs["attention_mask"] = mask
+        index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (B, columns)
+        is_kept = is_open.gather(1, index)
+        if self.has_keys:
+            kwargs["attention_mask"] = self.mask_of(
+                index, is_kept, tokens, kwargs.get("attention_mask"), memory
+            )
+        kwargs = {k: v if k == "attention_mask" else take_tokens(v, index, tokens) for k, v in kwargs.items()}
         kept, *more = _as_tuple(super().__call__(take_tokens(x, index, tokens), **kwargs))
-        output = self.nothing(hidden)
-        row, column = is_kept.nonzero(as_tuple=True)
-        output[row, index[row, column]] = kept[row, column].to(output.dtype)
+        output, (rows, at) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
+        output[rows, index[rows, at]] = kept[rows, at].to(output.dtype)
         return self.result(output, more)
 
-    keeps_keys = False  # whether what is skipped leaves no key and no value in the KV cache
+    def mask_of(
+        self, index: Tensor, is_kept: Tensor, tokens: int, mask: Tensor | None, memory
+    ) -> Tensor | None:
+        """The attention mask of the tokens `index`, which from now on are in the KV cache."""
+        total = visible = tokens if memory is None else memory.get_seq_length()  # with those of this call
+        queries = index + total - tokens  # their places in the sequence
+        keys = queries.where(is_kept, -1)
+        if memory is not None:
+            keys = memory.places = keys if memory.places is None else torch.cat([memory.places, keys], 1)
+            visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
+        if keys.shape[1] == total == visible and (keys >= 0).all():
+            return mask  # all tokens so far were kept
+        return token_mask(mask, queries, keys, (keys >= total - visible)[:, None], total)
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
@@ -297,14 +301,14 @@ class _Gated:
 
 
 class _GatedAttention(_Gated):
-    keeps_keys = True
+    has_keys = True
 
     def result(self, output: Tensor, more: list) -> tuple:
         return output, *more  # and the attention weights
 
 
 class _GatedBlock(_Gated):
-    keeps_keys = True
+    has_keys = True
 
     def seen(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x.float(), x.shape[-1:])  # the residual stream isn't normalised
@@ -334,7 +338,7 @@ def take_tokens(value, index: Tensor, tokens: int):
 
 
 def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """Who sees whom, (B, 1, Q, K): as `mask` (B, 1, T, S) or, if None, causality tells, of keys that are there.
+    """Who sees whom, (B, 1, Q, K): as `mask` (B, 1, T, S) or, if None, causality tells, and of keys there.
 
     queries (B, Q), keys (B, K): places in the sequence, of `total` tokens. is_there: (B, Q or 1, K) bool.
     """
@@ -478,7 +482,7 @@ class _RoutedLayer:
 ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and token: rows can be left out
 
 
-class _CacheLayer(CacheLayerMixin):
+class _RoutedCacheLayer(CacheLayerMixin):
     """Mixed into a layer of a KV cache, which may hold fewer keys than the model has seen."""
 
     first = None  # the cache's first layer, which knows the length even where this one is closed
@@ -490,17 +494,16 @@ class _CacheLayer(CacheLayerMixin):
     def batch_select_indices(self, index: Tensor) -> None:
         self.reorder_cache(index)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+    def batch_repeat_interleave(self, repeats: int) -> None:  # the first layer's rows are repeated already
+        self.reorder_cache(torch.arange(len(self.first.keys) // repeats).repeat_interleave(repeats))
 
 
-class _RowCacheLayer(_CacheLayer):
-    """The decision of each row, and, but for an MLP, keys and values of the kept rows only."""
+class _RowCacheLayer(_RoutedCacheLayer):
+    """The decision of each row; keys and values of the kept rows only, but of all where an MLP is gated."""
 
     gate = counted = rows = count = None  # (B, 1), None before routing; indices of the open rows; how many
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
-    has_all_keys = False  # an MLP's gate leaves attention alone
-    batch = property(lambda self: len(self.gate))
+    has_all_keys = False
 
     def get_seq_length(self) -> int:
         # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
@@ -535,12 +538,11 @@ class _RowCacheLayer(_CacheLayer):
             super().reorder_cache(index if self.has_all_keys else place[self.rows])
 
 
-class _TokenCacheLayer(_CacheLayer):
+class _TokenCacheLayer(_RoutedCacheLayer):
     """Keys and values of the kept tokens only. Rows that keep fewer have void columns among them."""
 
     places = None  # (B, columns): a column's place in the sequence, -1 where it is void
-    batch = property(lambda self: len(self.places))
-    update = DynamicLayer.update  # a sliding window that forgets columns can't know which tokens they are
+    update = DynamicLayer.update  # a sliding window would forget columns, some of which may be void
 
     def get_seq_length(self) -> int:
         return self.first.get_seq_length()
@@ -559,12 +561,12 @@ class _TokenCacheLayer(_CacheLayer):
             self.keys, self.values, self.places = self.keys[index], self.values[index], self.places[index]
 
 
-def _routed_cache_layer(cache: Cache, router: Router, tokens: int) -> _CacheLayer:
+def _routed_cache_layer(cache: Cache, router: Router, tokens: int) -> _RoutedCacheLayer:
     """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens."""
     i, is_mlp = router.layer, router.config.granularity.startswith("mlp")
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
-    if not isinstance(layer := cache.layers[i], _CacheLayer):
+    if not isinstance(layer := cache.layers[i], _RoutedCacheLayer):
         layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
         # Before an MLP, the attention of its layer has cached what this call brought.
         if type(layer) not in ROUTABLE or layer.get_seq_length() > is_mlp * tokens:
@@ -589,6 +591,12 @@ def attention_layers(model: nn.Module) -> list[int]:
     return [i for i, fits in enumerate(fit) if fits]
 
 
+def gated_module(layer: nn.Module, granularity: str) -> nn.Module | None:
+    """What of a decoder layer a gate can skip."""
+    name = {"attention": "self_attn", "mlp": "mlp"}.get(granularity.split("-")[0])
+    return getattr(layer, name, None) if name else layer
+
+
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     """Gate the attention of `config.layers`, in place. Zero routers: the model computes what it did before.
 
@@ -605,7 +613,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     new = []  # all that can fail comes before the first change
     for i in config.layers:
         layer = decoder.layers[i]
-        sublayer = {"attention": layer.self_attn, "mlp": getattr(layer, "mlp", None), "block": layer}[what]
+        sublayer = gated_module(layer, config.granularity)
         if sublayer is None or hasattr(sublayer, "router") or not re.search(_SOURCE[what], _source(layer)):
             raise ValueError(f"layer {i} ({type(layer).__name__}) has no {what} that can be left out")
         router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
@@ -624,7 +632,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
 _GATED = {"attention": _GatedAttention, "mlp": _Gated, "block": _GatedBlock}
 # How a decoder layer calls what may be left out: what stands in its place must have as many values.
 _SOURCE = {
-    "attention": r"\w+, \w+ = self\.self_attn\(",
+    "attention": r"\n *\w+, \w+ = self\.self_attn\(",
     "mlp": r"\n *\w+ = self\.mlp\(",
     "block": r"return \w+\s*$",
 }

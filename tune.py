@@ -2,6 +2,7 @@
 
     python tune.py                                    # the demo: 2 CPU cores, a minute, under 1 GB
     python tune.py --capacity 0.25 --name quarter     # a tighter budget
+    python tune.py --granularity block-token --train all --name mod    # Mixture of Depths: the backbone, too
     python tune.py --resume runs/quarter              # go on after a kill, with the arguments of that run
     torchrun --nproc-per-node 2 tune.py --name two    # data-parallel; the same routers, up to rounding
 
@@ -73,11 +74,16 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
 
+    Parameters that require a gradient (adapters, or the backbone) are trained, too, with the task loss alone.
+
     Neither micro-batches nor processes change gates or gradients, but for rounding. state: where to go on.
     FloatingPointError if loss or gradient is not finite; the routers are then those of the step before.
     """
     routers, weights, state = mindskip.routers(model), router_parameters(model), state or {}
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    known = {id(weight) for weight in weights}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": weights, "peak": args.lr}, {"params": others, "peak": args.backbone_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     moments = ("exp_avg", "exp_avg_sq")
     for i, weight in enumerate(weights):
         weight.requires_grad_(True)
@@ -113,8 +119,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             if draws > 1:
                 log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
                 log_p = (log_p * counted).transpose(0, 1).flatten(1).sum(1).view(draws, -1)
-                nats = nats.detach().view(draws, -1)
-                loss = ((nats - nats.mean(0)) / (draws - 1) * log_p).sum()
+                of_draws = nats.detach().view(draws, -1)
+                loss = ((of_draws - of_draws.mean(0)) / (draws - 1) * log_p).sum()
+                loss += nats.sum() / draws if nats.requires_grad else 0
             share = len(part) / args.batch_size  # of the step
             loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
             loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits[counted].square().mean()
@@ -122,7 +129,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().sum()
             gated += counted.sum()
-        total = [task_loss, opened, gated, *(weight.grad for weight in weights)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights + others]
+        total = [task_loss, opened, gated, *grads]
         if world > 1:  # one all-reduce
             dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
             for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
@@ -131,12 +139,13 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         keep, progress = opened.item() / gated.item(), (step - warmup) / (args.steps + 1 - warmup)
-        lr = args.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
-        optimizer.param_groups[0]["lr"] = lr
+        factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
         state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in moments}
-        report(step, task_loss.item(), keep, lr, state | {"keep": torch.tensor([keep])})
+        report(step, task_loss.item(), keep, factor * args.lr, state | {"keep": torch.tensor([keep])})
     for router in routers:
         router.drawn = None
     model.eval()
@@ -310,6 +319,9 @@ def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, found = from_pretrained(AutoModelForCausalLM, args, device_map=args.device_map, **options)
+    if args.adapter:
+        with naming(f"--adapter {args.adapter}"):
+            model.load_adapter(args.adapter)
     for what in ("missing", "mismatched", "unexpected"):  # transformers would go on without
         if keys := sorted(found[f"{what}_keys"]):
             raise ValueError(f"{name}: {len(keys)} weights are {what}, among them {keys[0]}")
@@ -347,6 +359,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("model and data").add_argument
         add("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
         add("--revision", help="branch, tag or commit of a model on the Hub")
+        add("--adapter", help="folder or Hub id of a PEFT adapter for it; needs the extra `lora`")
         add("--trust-remote-code", action="store_true", help="run code that comes with the model")
         add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
         add("--device-map", choices=["auto"], help="spread the model over GPUs; needs the extra `accelerate`")
@@ -426,6 +439,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=number(int, 1), default=1500, help="optimiser steps")
     add("--batch-size", type=number(int, 1), default=16, help="prompts in a step, of all processes")
     add("--micro-batch-size", type=number(int, 1), help="prompts at a time in a process; None: all")
+    add("--train", default="routers", choices=["routers", "all"], help="all: the backbone, too")
+    add("--lora-rank", type=number(int, 1), help="train adapters, too; needs the extra `lora`")
+    add("--backbone-lr", type=number(float, 0, 1), default=1e-4, help="peak, of the backbone or adapters")
     add("--gradient-checkpointing", action="store_true", help="straight-through: store fewer activations")
     add("--lr", type=number(float, 0, 1e3), default=0.1, help="peak; 10%% warm-up, then cosine to zero")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
@@ -442,6 +458,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"its progress lacks {missing}")
             parser.set_defaults(**about["arguments"])
             args = parser.parse_args(argv)
+            if about["arguments"]["train"] == "all" or about["arguments"]["lora_rank"]:
+                raise ValueError("only routers have progress to go on with; start again with --overwrite")
             then = {name: about["arguments"][name] for name in FIXED}
             if changed := {k: v for k, v in then.items() if json.dumps(v) != json.dumps(getattr(args, k))}:
                 raise ValueError(f"that run has {changed}; start another to change this")
@@ -467,15 +485,23 @@ def main(argv: list[str] | None = None) -> None:
     is_used = folder.is_dir() and any(path.stat().st_size for path in folder.iterdir())
     if is_used and is_writer and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} holds an earlier run; choose another --name, --overwrite or --resume it")
+    if args.lora_rank:
+        with naming("--lora-rank needs the extra `lora`: pip install -e '.[lora]'"):
+            from peft import LoraConfig
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
     with torch.device("meta"):  # a model without weights tells whether, and where, it can be routed
         plan = from_pretrained(AutoConfig, args)
         skeleton = AutoModelForCausalLM.from_config(plan, trust_remote_code=args.trust_remote_code)
     config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
     add_mindskip(skeleton, config)
-    examples, told = load_examples(args, "--split", from_pretrained(AutoTokenizer, args))
+    tokenizer = from_pretrained(AutoTokenizer, args)
+    examples, told = load_examples(args, "--split", tokenizer)
     model, path, done, state = load_model(args, examples), folder / "routers.safetensors", 0, None
     hashes = [torch.hash_tensor(weight).item() for weight in model.parameters()]
     prints = {"data": zlib.crc32(json.dumps(examples).encode()), "weights": zlib.crc32(repr(hashes).encode())}
+    model.requires_grad_(args.train == "all")
+    if args.lora_rank:
+        model.add_adapter(lora)  # in place, in float32
     add_mindskip(model, config)
     if args.resume:
         described, state = mindskip.read_routers(path)
@@ -527,6 +553,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
         if abs(measured - args.capacity) > 0.05:
             print(f"WARNING: {measured:.2f} of the gates are open, not {args.capacity}; try more --steps")
+        if args.lora_rank:  # for --adapter
+            mindskip.remove_mindskip(model).save_pretrained(folder / "adapter")
+        elif args.train == "all":  # for --model
+            mindskip.remove_mindskip(model).save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
         lock.release()
     if dist.is_initialized():
         dist.destroy_process_group()

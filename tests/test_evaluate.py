@@ -16,7 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import tune
-from mindskip import MindSkipConfig, add_mindskip, fix_gates, remove_mindskip, routers, save_routers
+from mindskip import (
+    GRANULARITIES,
+    MindSkipConfig,
+    add_mindskip,
+    fix_gates,
+    remove_mindskip,
+    routers,
+    save_routers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,22 @@ def test_flops_formula_equals_the_counter(phase, family):
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_flops_formula_holds_for_every_granularity(granularity):
+    model, ids = build(attn_implementation="eager"), tokens()
+    add_mindskip(model, MindSkipConfig(ROUTED, granularity))
+    gates = MIXED
+    if granularity.endswith("token"):  # as many in each row: what a row is filled up with is computed, too
+        gates = {i: torch.stack([torch.arange(20) % 4 < gate.sum()] * 4) for i, gate in MIXED.items()}
+    with fix_gates(model, gates), FlopCounterMode(display=False) as counter:
+        evaluate.prefill(model, ids)
+    keep = {i: gate.float().mean().item() for i, gate in gates.items()}
+    expected = 4 * evaluate.forward_flops(model, 20, 20, keep, granularity=granularity)
+    assert sorted(keep.values()) == [0.0, 0.5, 0.5]
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("is_routed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
 def test_similarity_finds_the_attention_that_does_nothing(family, is_routed):
@@ -122,6 +146,24 @@ def test_similarity_finds_the_attention_that_does_nothing(family, is_routed):
         add_mindskip(model, MindSkipConfig((1, 2, 3, 4, 5)))
         every = dict.fromkeys(range(1, 6), True)
         assert evaluate.most_redundant(model, every, examples(), 2, 16) == (1, 3)
+
+
+@pytest.mark.parametrize("granularity", ["mlp-token", "block-sequence"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_similarity_finds_what_each_granularity_can_skip(family, granularity):
+    model = build(family)
+    for i, factor in ((3, 0.0), (1, 1e-3)):
+        layer = model.model.layers[i]
+        layer.mlp.down_proj.weight.data *= factor
+        if family == "gemma2":
+            layer.post_feedforward_layernorm.weight.data.fill_(-1.0)
+        if granularity == "block-sequence":
+            layer.self_attn.o_proj.weight.data *= factor
+            if family == "gemma2":
+                layer.post_attention_layernorm.weight.data.fill_(-1.0)
+    add_mindskip(model, MindSkipConfig((1, 2, 3, 4, 5), granularity))
+    every = dict.fromkeys(range(1, 6), True)
+    assert evaluate.most_redundant(model, every, examples(), 2, 16, granularity) == (1, 3)
 
 
 def test_a_row_is_a_way_to_set_gates_on_one_model(tmp_path):

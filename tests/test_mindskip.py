@@ -581,7 +581,7 @@ def test_gates_can_be_fixed_for_some_layers_and_nested():
     with pytest.raises(ValueError, match=r"\[1\] are not routed"), fix_gates(model, {1: True}):
         pass
     with (
-        pytest.raises(ValueError, match="3 gates for a batch of 4"),
+        pytest.raises(ValueError, match=r"\(3, 1\) gates for \(4, 1\)"),
         fix_gates(model, {3: torch.ones(3).bool()}),
     ):
         model(ids)
@@ -682,7 +682,7 @@ def test_attaching_leaves_the_random_state_alone():
     [{"layers": (0, 1)}, {"layers": ()}, {"layers": (2, 2)}, {"layers": (-1,)}, {"layers": (1.5,)},
      {"layers": (1,), "capacity": 1.5}, {"layers": (1,), "capacity": -0.1}, {"layers": (1,), "capacity": "half"},
      {"layers": (1,), "capacity": float("nan")}, {"layers": (1,), "threshold": 2},
-     {"layers": (1,), "granularity": "mlp-token"}],
+     {"layers": (1,), "granularity": "mlp"}],
 )  # fmt: skip
 def test_bad_configurations_are_refused(arguments):
     with pytest.raises(ValueError):
