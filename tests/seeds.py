@@ -42,6 +42,22 @@ def development_examples(tokenizer, train: list[dict], count: int) -> list[dict]
     return examples
 
 
+def tuned(args, train: list[dict]):
+    """What tune.py makes, without its files: (model, routed layers)."""
+    model = tune.load_model(args, train).requires_grad_(args.train == "all")
+    layers = args.layers or tune.default_layers(model)
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        scale = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank}
+        model.add_adapter(LoraConfig(target_modules="all-linear", **scale))
+    add_mindskip(model, MindSkipConfig(layers, args.granularity, capacity=args.capacity))
+    tune.tune(model, train, args)
+    chosen = random.Random(args.seed).sample(train, min(tune.CALIBRATION, len(train)))
+    tune.calibrate(model, chosen, args.capacity)
+    return model, layers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(16)))
@@ -52,19 +68,13 @@ def main() -> None:
     train, _ = tune.load_examples(args, "--split", tokenizer)
     held_out, averages = development_examples(tokenizer, train, 150), []
     for args.seed in mine.seeds:
-        start, model = time.perf_counter(), tune.load_model(args, train)
-        layers = args.layers or tune.default_layers(model)
-        add_mindskip(model, MindSkipConfig(layers, args.granularity, capacity=args.capacity))
+        start = time.perf_counter()
+        model, layers = tuned(args, train)
+        seconds = time.perf_counter() - start
         dense = score_all(model, held_out, dict.fromkeys(layers, True))
         if not averages:
             average = summarize(dense, dense, held_out, len(layers))["average"]
             print(f"dense | accuracy {average:.2f} | layers {layers} routed", flush=True)
-        tune.tune(model, train, args)
-        chosen = random.Random(args.seed).sample(
-            train, min(tune.CALIBRATION, len(train))
-        )  # as tune.main does
-        tune.calibrate(model, chosen, args.capacity)
-        seconds = time.perf_counter() - start
         summary = summarize(score_all(model, held_out, {}), dense, held_out, len(layers))
         averages.append(summary["average"])
         low = {task: round(value, 1) for task, value in summary["accuracy"].items() if value < 99}

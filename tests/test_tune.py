@@ -76,12 +76,14 @@ def tuned(model, **changes):
 
 
 @contextmanager
-def recorded_gradients(model):
-    """A list that gets the routers' gradients, before every step of an optimiser."""
-    found = []
-    handle = register_optimizer_step_pre_hook(
-        lambda *_: found.append([weight.grad.clone() for weight in router_parameters(model)])
-    )
+def recorded_gradients(model, weights=None):
+    """A list that gets the gradients, of the routers if nothing is named, before every step of an optimiser."""
+    found, weights = [], router_parameters(model) if weights is None else weights
+
+    def record(*_):
+        found.append([torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights])
+
+    handle = register_optimizer_step_pre_hook(record)
     yield found
     handle.remove()
 

@@ -1,0 +1,215 @@
+"""The paper's other tables, on the demo. Each takes minutes; figures and JSON go to runs/paper.
+
+    python tests/paper.py granularities    # attention, MLP or block; a gate for each sequence or each token
+    python tests/paper.py training         # Router-Tuning, adapters, and Mixture of Depths: what each forgets
+    python tests/paper.py curve            # one router, many budgets, beside static and random gates
+    python tests/paper.py ablations        # weights, layers, pooling, examples
+
+The first three are measured on the test split, with settings that were not chosen on it; ablations on examples of
+neither split (see seeds.py).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+
+from seeds import development_examples, tuned  # noqa: E402
+
+import evaluate  # noqa: E402
+import mindskip  # noqa: E402
+import tune  # noqa: E402
+
+LEFT_OUT = ("find", "yek")  # of tuning, in the table of training
+
+
+def load(split: str, *flags: str) -> list[dict]:
+    args = tune.parse_arguments(["--split", split, *flags])
+    return tune.load_examples(args, "--split", AutoTokenizer.from_pretrained(args.model))[0]
+
+
+def summary_of(model, layers, examples: list[dict], dense_model=None) -> dict:
+    """Accuracy under routers, compared with all gates open, or with another model."""
+    every = dict.fromkeys(layers, True)
+    dense = evaluate.score_all(model, examples, every)
+    return evaluate.summarize(evaluate.score_all(model, examples, {}), dense, examples, len(layers)) | {
+        "dense": evaluate.summarize(dense, dense, examples, len(layers))
+    }
+
+
+def granularities(seeds: list[int]) -> dict:
+    """The six rows of the paper's table: accuracy, keep ratio, KV cache, and time for prompts of 512 tokens."""
+    train, test, rows = load("train"), load("test"), {}
+    cost_args = evaluate.parse_arguments(["--repeats", "7"])
+    for granularity in mindskip.GRANULARITIES:
+        found = []
+        for seed in seeds:
+            args = tune.parse_arguments(["--granularity", granularity, "--seed", str(seed)])
+            model, layers = tuned(args, train)
+            found.append(summary_of(model, layers, test))
+            print(granularity, seed, f"{found[-1]['average']:.2f}", flush=True)
+        rows.setdefault("dense", found[0]["dense"] | {"spread": 0.0, "x": 1.0, "x_decode": 1.0, "kv": 1.0})
+        static = {i: torch.full((8,), k > 0) for k, i in enumerate(layers)}  # half of the gates
+        prompts = evaluate.long_prompts(test, 8, 512)
+        dense = mindskip.remove_mindskip(evaluate.copied(model))
+        cost = evaluate.compare_cost(dense, model, {"half": static}, prompts, 1, cost_args)
+        averages = [one["average"] for one in found]
+        rows[granularity] = found[0] | {
+            "average": statistics.mean(averages),
+            "spread": statistics.pstdev(averages),
+            "by_task": [statistics.mean(values) for values in zip(*(one["by_task"] for one in found))],
+            "keep": statistics.mean(one["keep"] for one in found),
+            "x": cost["half"]["prefill"]["speedup"],
+            "x_decode": cost["half"]["decode"]["speedup"],
+            "kv": cost["half"]["kv_kib"] / cost["dense"]["kv_kib"],
+        }
+    tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(rows["dense"]["accuracy"])}
+    columns = {"average": "{average:.2f}", "spread": "{spread:.2f}", "keep": "{keep:.2f}"}
+    columns |= {"prefill x": "{x:.2f}", "decode x": "{x_decode:.2f}", "KV": "{kv:.2f}"}
+    print(evaluate.table("accuracy %", rows, tasks | columns))
+    print(f"seeds {seeds}; x and KV: half of the gates closed, one prompt of 512 tokens at a time")
+    return rows
+
+
+def training(seeds: list[int]) -> dict:
+    """What is trained, on six tasks: memory, time, and accuracy on these and on the two left out."""
+    train = [one for one in load("train") if one["task"] not in LEFT_OUT]
+    test, rows = load("test"), {}
+    settings = {
+        "routers (Router-Tuning)": [],
+        "routers, straight-through": ["--estimator", "straight-through"],
+        "routers and adapters": ["--lora-rank", "8"],
+        "all": ["--train", "all"],
+        "all, block-token (Mixture of Depths)": ["--train", "all", "--granularity", "block-token"],
+    }
+    for name, flags in settings.items():
+        found = []
+        for seed in seeds:
+            args = tune.parse_arguments([*flags, "--seed", str(seed)])
+            start = time.perf_counter()
+            model, layers = tuned(args, train)
+            seconds = time.perf_counter() - start
+            found.append(summary_of(model, layers, test))
+            print(name, seed, found[-1]["accuracy"], f"{seconds:.0f} s", flush=True)
+        args.steps = 1
+        with evaluate.Watch() as watch:
+            tune.tune(model, train, args)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        is_left = [task in LEFT_OUT for task in found[0]["accuracy"]]
+
+        def mean(of_six: bool, key: str = "accuracy", found=found, is_left=is_left) -> float:
+            kept = [[v for v, left in zip(one["by_task"], is_left) if left != of_six] for one in found]
+            return statistics.mean(statistics.mean(values) for values in kept)
+
+        rows[name] = {
+            "trained": trained, "peak": watch.peak_bytes / 2**20, "six": mean(True), "two": mean(False),
+            "keep": statistics.mean(one["keep"] for one in found), "found": found,
+            "step": 1e3 * seconds / tune.parse_arguments([]).steps,
+            "open_two": statistics.mean(
+                statistics.mean(one["dense"]["accuracy"][task] for task in LEFT_OUT) for one in found
+            ),
+        }  # fmt: skip
+    columns = {"trained": "{trained:,}", "peak MiB": "{peak:.0f}", "ms a step": "{step:.0f}"}
+    columns |= {"six tasks %": "{six:.2f}", "two left out %": "{two:.2f}", "gates open": "{open_two:.2f}"}
+    print(evaluate.table("trained", rows, columns | {"keep": "{keep:.2f}"}))
+    print(f"left out: {LEFT_OUT}; gates open: accuracy on those with every gate open; seeds {seeds}")
+    return rows
+
+
+@torch.no_grad()
+def curve(seeds: list[int]) -> dict:
+    """Routers tuned once, for 0.5; the threshold of every other budget is calibrated on training data."""
+    train, test, rows = load("train"), load("test"), {}
+    args = evaluate.parse_arguments(["--repeats", "7"])
+    ids = {one["task"]: torch.tensor([one["ids"][: one["prompt"]]]) for one in test}
+    for seed in seeds:
+        with torch.enable_grad():
+            model, layers = tuned(tune.parse_arguments(["--seed", str(seed)]), train)
+        path = Path("runs/paper", f"curve{seed}.safetensors")
+        mindskip.save_routers(model, path)
+        dense = evaluate.copied(mindskip.remove_mindskip(model))
+        for capacity in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
+            layers, ours = evaluate.attach(model, path, capacity, train[: tune.CALIBRATION])
+            quality, chosen, _ = evaluate.compare_quality(model, layers, ours, train[:1024], test, args)
+            routed, count = mindskip.load_routers(model, path), len(ids)
+            for router in mindskip.routers(routed):
+                tune.calibrate(routed, train[: tune.CALIBRATION], capacity)
+            keep = quality["mindskip"]["keep"]
+            random = torch.rand(len(layers), count) < keep
+            ways = {"mindskip": [{}] * count}
+            closed = dict.fromkeys(set(chosen["best"]) & set(layers), False)
+            ways["static, best"] = [dict.fromkeys(layers, True) | closed] * count
+            ways["random"] = [dict(zip(layers, column)) for column in random.T.tolist()]
+            contexts = {"dense": [partial(nullcontext, dense)] * count}
+            contexts |= {n: [partial(mindskip.fix_gates, routed, gates) for gates in w] for n, w in ways.items()}
+            cost = evaluate.measure(contexts, list(ids.values()), 1, args.repeats)
+            mindskip.remove_mindskip(model)
+            for name, row in quality.items():
+                tokens = statistics.mean(prompt.shape[1] for prompt in ids.values())
+                share = dict.fromkeys(layers, row["keep"])
+                flops = evaluate.forward_flops(model, tokens, tokens, share)
+                base = evaluate.forward_flops(model, tokens, tokens, {})
+                at = {"accuracy": row["average"], "keep": row["keep"], "flops": flops / base}
+                at["time"] = 1 / cost[name]["prefill"]["speedup"] if name in cost else None
+                rows.setdefault(name, {}).setdefault(str(capacity), []).append(at)
+            print(seed, capacity, {name: round(row["average"], 2) for name, row in quality.items()}, flush=True)
+    return rows
+
+
+def ablations(seeds: list[int]) -> dict:
+    """One change at a time, on examples of neither split: accuracy by mean and least, and keep ratio."""
+    settings = {
+        "the default": [],
+        "sparsity weight 0": ["--sparsity-weight", "0"],
+        "sparsity weight 0.03": ["--sparsity-weight", "0.03"],
+        "sparsity weight 3": ["--sparsity-weight", "3"],
+        "layer 1 alone, capacity 0.5": ["--layers", "1"],
+        "layer 2 alone (deeper), capacity 0.5": ["--layers", "2"],
+        "layers 1, 2 and 3, capacity 0.5": ["--layers", "1,2,3"],
+        "last token in place of the mean": [],
+        "64 examples": ["--max-samples", "64"],
+        "256 examples": ["--max-samples", "256"],
+        "1,024 examples": ["--max-samples", "1024"],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tune.DEMO)
+    held_out, rows, forward = development_examples(tokenizer, load("train"), 150), {}, mindskip.Router.forward
+    for name, flags in settings.items():
+        train, found = load("train", *(flags if "--max-samples" in flags else ())), []
+        if name.startswith("last token"):
+            mindskip.Router.forward = lambda self, x, voters: forward(
+                self, x, voters & (voters.flip(1).cumsum(1).flip(1) == 1)
+            )
+        for seed in seeds:
+            found.append(summary_of(*tuned(tune.parse_arguments([*flags, "--seed", str(seed)]), train), held_out))
+            print(name, seed, f"{found[-1]['average']:.2f} keep {found[-1]['keep']:.2f}", flush=True)
+        mindskip.Router.forward = forward
+        averages = [one["average"] for one in found]
+        rows[name] = {"mean": statistics.mean(averages), "least": min(averages), "found": found}
+        rows[name]["keep"] = statistics.mean(one["keep"] for one in found)
+        rows[name]["skipped"] = (1 - rows[name]["keep"]) * len(flags[1].split(",") if "--layers" in flags else "12")
+    columns = {"mean": "{mean:.2f}", "least": "{least:.2f}", "keep": "{keep:.2f}", "skipped": "{skipped:.2f}"}
+    print(evaluate.table("accuracy %", rows, columns))
+    print(f"skipped: attention sublayers of each prompt; dense has {len(range(4))}; seeds {seeds}")
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("what", choices=["granularities", "training", "curve", "ablations"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    set_verbosity_error()
+    Path("runs/paper").mkdir(parents=True, exist_ok=True)
+    made = globals()[arguments.what](arguments.seeds)
+    evaluate.write_json(made, Path("runs/paper", f"{arguments.what}.json"))
