@@ -112,11 +112,7 @@ class Router(nn.Module):
             if any(n not in (1, m) for n, m in zip(gate.shape, counted.shape)):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {(*counted.shape,)}")
         gate = gate * counted  # padding is skipped; (B, U)
-        self.logit, self.gate, self.counted = (
-            logit,
-            gate,
-            counted,
-        )  # for `last`; another thread may write here
+        self.logit, self.gate, self.counted = logit, gate, counted  # for `last`; other threads may write here
         return gate
 
     def _apply(self, fn, recurse=True):
@@ -231,7 +227,7 @@ class _Gated:
             x = self.normalise(hidden) if router.fixed is None else None
             memory.gate = router.decide(hidden if x is None else self.seen(x), call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
-            memory.count, memory.counted = len(memory.rows), router.counted
+            memory.count, memory.counted = len(memory.rows), memory.gate >= 0  # all
             # What closed attention gives; one row will do where it is only added to the residual stream.
             memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden[:1, :1])
         elif router.fixed is not None and router.fixed is not memory.fixed:
@@ -261,19 +257,16 @@ class _Gated:
             return self.result(self.nothing(hidden), [None])
         index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (B, columns)
         is_kept = is_open.gather(1, index)
+        mask = kwargs.pop("attention_mask", None)
+        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
         if self.has_keys:
-            kwargs["attention_mask"] = self.mask_of(
-                index, is_kept, tokens, kwargs.get("attention_mask"), memory
-            )
-        kwargs = {k: v if k == "attention_mask" else take_tokens(v, index, tokens) for k, v in kwargs.items()}
+            kwargs["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory)
         kept, *more = _as_tuple(super().__call__(take_tokens(x, index, tokens), **kwargs))
         output, (rows, at) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
         output[rows, index[rows, at]] = kept[rows, at].to(output.dtype)
         return self.result(output, more)
 
-    def mask_of(
-        self, index: Tensor, is_kept: Tensor, tokens: int, mask: Tensor | None, memory
-    ) -> Tensor | None:
+    def mask_of(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int, memory):
         """The attention mask of the tokens `index`, which from now on are in the KV cache."""
         total = visible = tokens if memory is None else memory.get_seq_length()  # with those of this call
         queries = index + total - tokens  # their places in the sequence
@@ -347,18 +340,12 @@ def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Ten
         return is_seen[:, None]
     if mask.ndim != 4:
         raise ValueError("a gate for each token needs the attention implementation eager or sdpa")
-    queries, keys = (
-        queries - (total - mask.shape[2]),
-        keys - (total - mask.shape[3]),
-    )  # a window has fewer keys
-    is_seen, rows = is_seen & (keys >= 0)[:, None], torch.arange(len(is_seen), device=mask.device)
-    mask = mask.expand(len(rows), -1, -1, -1)[
-        rows[:, None, None], :, queries[..., None], keys.clamp(0)[:, None]
-    ]
-    mask, is_seen = mask.movedim(-1, 1), is_seen[:, None]
-    if mask.dtype == torch.bool:
-        return mask & is_seen
-    return mask.masked_fill(~is_seen, torch.finfo(mask.dtype).min)
+    queries, keys = queries - total + mask.shape[2], keys - total + mask.shape[3]  # a window has fewer keys
+    is_seen = (is_seen & (keys >= 0)[:, None])[:, None]  # (B, 1, Q, K)
+    rows, columns = torch.arange(len(is_seen), device=mask.device)[:, None, None], keys.clamp(0)[:, None]
+    mask = mask.expand(len(is_seen), -1, -1, -1)[rows, :, queries[..., None], columns].movedim(-1, 1)
+    never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~is_seen, never)
 
 
 def take_rows(value, rows: Tensor | slice, batch: int):
