@@ -612,11 +612,12 @@ def write_json(results: dict, path: Path) -> None:
 
 
 def plot(results: dict, path: Path) -> None:
-    """What a gate does, and which task opens which layer."""
+    """What a gate does, which task opens which layer, and how tuning went; PNG and SVG."""
     from matplotlib import pyplot
 
-    keep, layers = results["keep_by_task"], results["config"]["layers"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=[3, 2])
+    keep, layers, log = results["keep_by_task"], results["config"]["layers"], path.with_name("log.jsonl")
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained", width_ratios=[3, 2, 2])
+    left, right, run = axes
     boxes = {  # place: text
         (0.5, 1.0): "prompt, after layer norm:  $x_1 \\ldots x_T$",
         (0.5, 0.77): "router:  $r = \\overline{x} \\cdot w$,   score  $s = \\sigma(r)$",
@@ -641,7 +642,18 @@ def plot(results: dict, path: Path) -> None:
         for x, value in enumerate(row):
             color = "white" if value > 0.6 else "black"
             right.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
-    figure.savefig(path, dpi=150)
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for key, color, label in (
+        ("loss", "#d94801", "loss, nats a token"),
+        ("keep", "#2171b5", "keep ratio, drawn"),
+    ):
+        values = [record[key] for record in records]
+        means = [statistics.mean(values[max(0, k - 25) : k + 25]) for k in range(len(values))]
+        run.plot([record["step"] for record in records], means, color=color, label=label)
+    run.set(title="Tuning (means of 50 steps)", xlabel="step", ylim=0)
+    run.legend()
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
 
 
 # ---- The command

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
-
 GRANULARITIES = [f"{what}-{unit}" for what in ("attention", "mlp", "block") for unit in ("sequence", "token")]
 
 

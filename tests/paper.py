@@ -142,8 +142,7 @@ def curve(seeds: list[int]) -> dict:
             layers, ours = evaluate.attach(model, path, capacity, train[: tune.CALIBRATION])
             quality, chosen, _ = evaluate.compare_quality(model, layers, ours, train[:1024], test, args)
             routed, count = mindskip.load_routers(model, path), len(ids)
-            for router in mindskip.routers(routed):
-                tune.calibrate(routed, train[: tune.CALIBRATION], capacity)
+            tune.calibrate(routed, train[: tune.CALIBRATION], capacity)
             keep = quality["mindskip"]["keep"]
             random = torch.rand(len(layers), count) < keep
             ways = {"mindskip": [{}] * count}
@@ -151,7 +150,9 @@ def curve(seeds: list[int]) -> dict:
             ways["static, best"] = [dict.fromkeys(layers, True) | closed] * count
             ways["random"] = [dict(zip(layers, column)) for column in random.T.tolist()]
             contexts = {"dense": [partial(nullcontext, dense)] * count}
-            contexts |= {n: [partial(mindskip.fix_gates, routed, gates) for gates in w] for n, w in ways.items()}
+            contexts |= {
+                n: [partial(mindskip.fix_gates, routed, gates) for gates in w] for n, w in ways.items()
+            }
             cost = evaluate.measure(contexts, list(ids.values()), 1, args.repeats)
             mindskip.remove_mindskip(model)
             for name, row in quality.items():
@@ -162,8 +163,46 @@ def curve(seeds: list[int]) -> dict:
                 at = {"accuracy": row["average"], "keep": row["keep"], "flops": flops / base}
                 at["time"] = 1 / cost[name]["prefill"]["speedup"] if name in cost else None
                 rows.setdefault(name, {}).setdefault(str(capacity), []).append(at)
-            print(seed, capacity, {name: round(row["average"], 2) for name, row in quality.items()}, flush=True)
+            print(
+                seed, capacity, {name: round(row["average"], 2) for name, row in quality.items()}, flush=True
+            )
+    told = {
+        f"{name}, {capacity}": {key: [at[key] for at in found] for key in found[0]}
+        for name, by_capacity in rows.items() if name != "dense" for capacity, found in by_capacity.items()
+    }  # fmt: skip
+    for row in told.values():
+        row["mean"], row["spread"] = statistics.mean(row["accuracy"]), statistics.pstdev(row["accuracy"])
+        row["share"], row["at"] = statistics.mean(row["flops"]), statistics.mean(row["keep"])
+        row["x"] = statistics.mean(row["time"]) if None not in row["time"] else float("nan")
+    columns = {"mean": "{mean:.2f}", "spread": "{spread:.2f}", "keep": "{at:.2f}"}
+    print(evaluate.table("accuracy %", told, columns | {"FLOP": "{share:.3f}", "time": "{x:.2f}"}))
+    print(f"seeds {seeds}; FLOP and time of dense, for one prompt of each task at a time")
+    plot(rows, Path("runs/paper/curve"))
     return rows
+
+
+def plot(rows: dict, path: Path) -> None:
+    """Accuracy against FLOPs and against measured time; bars: spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    names = {"flops": "FLOPs of prefill (dense: 1)", "time": "time of prefill (dense: 1)"}
+    for axis, (key, label) in zip(axes, names.items()):
+        for name, by_capacity in rows.items():
+            found = [one for one in by_capacity.values() if one[0][key] is not None]
+            if name != "dense" and found:
+                xs = [statistics.mean(at[key] for at in one) for one in found]
+                ys = [statistics.mean(at["accuracy"] for at in one) for one in found]
+                bars = [statistics.pstdev(at["accuracy"] for at in one) for one in found]
+                axis.errorbar(xs, ys, bars, marker="o", capsize=3, label=name, alpha=0.8)
+        axis.set(xlabel=label, ylabel="accuracy on the test split (%)")
+        axis.axhline(100, color="grey", linewidth=0.5)
+    axes[0].legend()
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
 
 
 def ablations(seeds: list[int]) -> dict:
@@ -190,13 +229,17 @@ def ablations(seeds: list[int]) -> dict:
                 self, x, voters & (voters.flip(1).cumsum(1).flip(1) == 1)
             )
         for seed in seeds:
-            found.append(summary_of(*tuned(tune.parse_arguments([*flags, "--seed", str(seed)]), train), held_out))
+            found.append(
+                summary_of(*tuned(tune.parse_arguments([*flags, "--seed", str(seed)]), train), held_out)
+            )
             print(name, seed, f"{found[-1]['average']:.2f} keep {found[-1]['keep']:.2f}", flush=True)
         mindskip.Router.forward = forward
         averages = [one["average"] for one in found]
         rows[name] = {"mean": statistics.mean(averages), "least": min(averages), "found": found}
         rows[name]["keep"] = statistics.mean(one["keep"] for one in found)
-        rows[name]["skipped"] = (1 - rows[name]["keep"]) * len(flags[1].split(",") if "--layers" in flags else "12")
+        rows[name]["skipped"] = (1 - rows[name]["keep"]) * len(
+            flags[1].split(",") if "--layers" in flags else "12"
+        )
     columns = {"mean": "{mean:.2f}", "least": "{least:.2f}", "keep": "{keep:.2f}", "skipped": "{skipped:.2f}"}
     print(evaluate.table("accuracy %", rows, columns))
     print(f"skipped: attention sublayers of each prompt; dense has {len(range(4))}; seeds {seeds}")

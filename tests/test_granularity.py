@@ -112,32 +112,27 @@ def test_training_and_evaluation_agree(granularity, family):
         torch.testing.assert_close(found[row, mask[row] > 0], alone[0], **CLOSE)
 
 
+@pytest.mark.parametrize("is_padded", [True, False])  # without padding there may be no mask at all
 @pytest.mark.parametrize("granularity", OTHERS)
 @torch.no_grad()
-def test_cached_decoding_equals_the_uncached_forward(granularity, family):
+def test_cached_decoding_equals_the_uncached_forward(granularity, family, is_padded):
     model = build_gated(granularity, family)
     ids, mask = tokens(length=24), torch.ones(4, 24, dtype=torch.long)
-    mask[1, :7], mask[3, :12] = 0, 0
+    if is_padded:
+        mask[1, :7], mask[3, :12] = 0, 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, found = None, []
+    cache, found, fixed = None, [], {}
     for start, end in [(0, 16), (16, 17), (17, 18), (18, 21), (21, 24)]:  # prefill, tokens, chunks
-        output = model(
-            ids[:, start:end], attention_mask=mask[:, :end], position_ids=places[:, start:end],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+        given = {"attention_mask": mask[:, :end]} if is_padded else {}
+        given |= {"position_ids": places[:, start:end], "past_key_values": cache, "use_cache": True}
+        output = model(ids[:, start:end], **given)
         cache = output.past_key_values
         found.append(output.logits)
-        if not cache_gates_follow(granularity):
-            continue
-        gates = decisions(model) if start == 0 else gates
-    fixed = gates if cache_gates_follow(granularity) else {}
-    with fix_gates(model, fixed):  # of sequences, those of the first 16 tokens
+        if start == 0 and granularity.endswith("sequence"):
+            fixed = decisions(model)  # kept with the cache
+    with fix_gates(model, fixed):
         whole = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
     torch.testing.assert_close(torch.cat(found, 1)[mask > 0], whole[mask > 0], **CLOSE)
-
-
-def cache_gates_follow(granularity: str) -> bool:
-    return granularity.endswith("sequence")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
