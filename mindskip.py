@@ -340,7 +340,7 @@ def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Ten
     if mask.ndim != 4:
         raise ValueError("a gate for each token needs the attention implementation eager or sdpa")
     queries, keys = queries - total + mask.shape[2], keys - total + mask.shape[3]  # a window has fewer keys
-    is_seen = (is_seen & (keys >= 0)[:, None])[:, None]  # (B, 1, Q, K)
+    is_seen = is_seen[:, None]  # (B, 1, Q, K)
     rows, columns = torch.arange(len(is_seen), device=mask.device)[:, None, None], keys.clamp(0)[:, None]
     mask = mask.expand(len(is_seen), -1, -1, -1)[rows, :, queries[..., None], columns].movedim(-1, 1)
     never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

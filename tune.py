@@ -105,9 +105,14 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        longest = max(len(one["ids"]) for one in batch) if is_token else 1  # gates of a row
-        thresholds = torch.rand(len(weights), draws, args.batch_size, longest)  # below s with probability s
-        task_loss, opened, gated = torch.zeros(3, 1, device=model.device)
+        lengths = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates of a row, in a layer
+        thresholds = torch.rand(
+            len(weights), draws, args.batch_size, max(lengths)
+        )  # below s, with probability s
+        count, (task_loss, opened) = (
+            len(weights) * draws * sum(lengths),
+            torch.zeros(2, 1, device=model.device),
+        )
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
@@ -122,15 +127,14 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
                 of_draws = nats.detach().view(draws, -1)
                 loss = ((of_draws - of_draws.mean(0)) / (draws - 1) * log_p).sum()
                 loss += nats.sum() / draws if nats.requires_grad else 0
-            share = len(part) / args.batch_size  # of the step
+            share = counted.sum().item() / count  # of the step
             loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
             loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits[counted].square().mean()
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().sum()
-            gated += counted.sum()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights + others]
-        total = [task_loss, opened, gated, *grads]
+        total = [task_loss, opened, *grads]
         if world > 1:  # one all-reduce
             dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
             for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
@@ -138,7 +142,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         # ---------------------------------------------------------------------------------------------
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
-        keep, progress = opened.item() / gated.item(), (step - warmup) / (args.steps + 1 - warmup)
+        keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
@@ -156,7 +160,8 @@ def score(model, examples: list[dict]) -> tuple[Tensor, Tensor]:
     batch = collate(examples, model.device)
     first = min(example["prompt"] for example in examples)
     targets = batch.pop("labels")[:, first:]  # (B, A)
-    batch = {name: value[:, :-1] for name, value in batch.items()}  # nothing is predicted from the last token
+    is_input = batch["attention_mask"][:, 1:]  # nothing is predicted from a row's last token
+    batch = {name: value[:, :-1] for name, value in batch.items()} | {"attention_mask": is_input}
     logits = model(**batch, use_cache=False, logits_to_keep=targets.shape[1]).logits.float()
     targets = targets.to(logits.device)  # logits: (B, A, vocabulary)
     nats = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)  # 0 at -100

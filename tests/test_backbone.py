@@ -52,10 +52,12 @@ def test_the_backbone_gets_the_gradient_of_the_task_loss_under_the_drawn_gates(e
 
 def test_training_all_saves_a_model_and_routers_that_go_together(flags):
     before = load_model(flags[1])
-    tune.main([*flags, "--train", "all", "--backbone-lr", "0.01"])
+    tune.main([*flags, "--train", "all", "--backbone-lr", "0.01", "--lr", "1"])
     after = load_model("runs/more/model")
     changed = [name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert len(changed) == len(list(before.parameters()))
+    steps = [(p - before.get_parameter(name)).abs().max() for name, p in after.named_parameters()]
+    assert 0.005 < max(steps) < 3 * 0.01 * 1.01  # AdamW: at most its learning rate, at each of three steps
     evaluate.main(["--routers", "runs/more", "--model", "runs/more/model", "--dataset", flags[3], "--split", "train",
                    "--prompt-length", "8", "--batch-size", "1", "--repeats", "2", "--new-tokens", "1"])  # fmt: skip
 

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED, WIDTH, build, tokens
+from test_tune import ESTIMATORS, examples, recorded_gradients, settings
 
+import tune
 from mindskip import (
     GRANULARITIES,
     MindSkipConfig,
@@ -275,6 +277,37 @@ def test_routers_of_every_granularity_are_saved_and_loaded(granularity, tmp_path
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert routers(loaded)[0].config.granularity == granularity
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("granularity", OTHERS)
+def test_tuning_does_not_depend_on_how_a_step_is_cut_up(granularity, estimator):
+    """Alone, a prompt is not padded: padding must not enter gradients, gates or the keep ratio."""
+    found = []
+    for size in (8, 1):
+        model, log = build_gated(granularity).requires_grad_(False), []
+        for router in routers(model):
+            router.weight.data.div_(8)
+        args = settings(steps=2, batch_size=8, micro_batch_size=size, estimator=estimator, lr=0.01,
+                        granularity=granularity, logit_weight=0.5)  # fmt: skip
+        with recorded_gradients(model) as gradients:
+            tune.tune(model, examples(), args, report=lambda *step, log=log: log.append(step[1:3]))
+        found.append((torch.tensor(log), torch.stack(gradients[0])))
+    assert 0 < found[0][0][0, 1] < 1 and found[0][1].abs().max() > 1e-3
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_router_of_a_block_sees_its_input_normalised():
+    model, ids, seen = build_gated("block-sequence"), tokens(), {}
+    for i in ROUTED:
+        model.model.layers[i].register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0]}))
+    with fix_gates(model, dict.fromkeys(ROUTED, True)):
+        model(ids)
+    model(ids)
+    x = seen[2] / seen[2].square().mean(-1, keepdim=True).sqrt()  # layer 2 sees the same in both
+    torch.testing.assert_close(last(model, "logit")[0], x.mean(1) @ routers(model)[0].weight, **CLOSE)
 
 
 @pytest.mark.parametrize("granularity", OTHERS)

@@ -274,6 +274,18 @@ def test_only_kept_rows_are_cached():
         assert layer.get_seq_length() == 21
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # there a routed layer is the first of its kind
+@torch.no_grad()
+def test_a_layer_that_is_left_without_rows_still_knows_the_length(name):
+    model, ids, more = build_routed(name), tokens(), tokens(rows=2, length=3, seed=5)
+    with fix_gates(model, MIXED):
+        cache = model(ids).past_key_values
+    cache.batch_select_indices(torch.tensor([1, 3]))  # closed in layer 2
+    with fix_gates(model, {i: gate[[1, 3]] for i, gate in MIXED.items()}):
+        expected = model(torch.cat([ids[[1, 3]], more], 1)).logits[:, 20:]
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_interleaved_generations_do_not_meet():
     model = build_routed()
     prompts = [tokens(rows=1, seed=seed) for seed in range(4)]
