@@ -257,9 +257,12 @@ class _Gated:
         index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (B, columns)
         is_kept = is_open.gather(1, index)
         mask = kwargs.pop("attention_mask", None)
-        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
-        if self.has_keys:
-            kwargs["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory)
+        added = (
+            {"attention_mask": self.mask_of(mask, index, is_kept, tokens, memory)} if self.has_keys else {}
+        )
+        if columns == tokens and is_kept.all():
+            return super().__call__(x, **kwargs, **added)
+        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()} | added
         kept, *more = _as_tuple(super().__call__(take_tokens(x, index, tokens), **kwargs))
         output, (rows, at) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
         output[rows, index[rows, at]] = kept[rows, at].to(output.dtype)
