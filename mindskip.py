@@ -249,32 +249,38 @@ class _Gated:
 
     def call_on_tokens(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
         """Only tokens whose gate is open are computed. Rows that keep fewer have void columns before them."""
-        x, tokens = self.normalise(hidden), hidden.shape[1]
+        x, (batch, tokens) = self.normalise(hidden), hidden.shape[:2]
         is_open = self.router.decide(self.seen(x), call).detach() > 0  # (B, T)
-        columns = int(is_open.sum(1).max())
-        if columns == 0:
+        rows = is_open.any(1).nonzero()[:, 0]  # a row that keeps nothing is left out
+        if len(rows) == 0:
             return self.result(self.nothing(hidden), [None])
-        index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (B, columns)
-        is_kept = is_open.gather(1, index)
-        mask = kwargs.pop("attention_mask", None)
-        added = (
-            {"attention_mask": self.mask_of(mask, index, is_kept, tokens, memory)} if self.has_keys else {}
-        )
-        if columns == tokens and is_kept.all():
-            return super().__call__(x, **kwargs, **added)
-        kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()} | added
-        kept, *more = _as_tuple(super().__call__(take_tokens(x, index, tokens), **kwargs))
-        output, (rows, at) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
-        output[rows, index[rows, at]] = kept[rows, at].to(output.dtype)
+        if len(rows) < batch:
+            kwargs = {name: take_rows(value, rows, batch) for name, value in kwargs.items()}
+            x, is_open = x[rows], is_open[rows]
+        columns = int(is_open.sum(1).max())
+        index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (kept rows, columns)
+        is_kept, mask = is_open.gather(1, index), kwargs.pop("attention_mask", None)
+        added = {}
+        if self.has_keys:
+            added["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory, rows, batch)
+        if columns < tokens or not is_kept.all():
+            kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
+            x = take_tokens(x, index, tokens)
+        kept, *more = _as_tuple(super().__call__(x, **kwargs, **added))
+        output, (row, column) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
+        output[rows[row], index[row, column]] = kept[row, column].to(output.dtype)
         return self.result(output, more)
 
-    def mask_of(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int, memory):
-        """The attention mask of the tokens `index`, which from now on are in the KV cache."""
+    def mask_of(self, mask, index: Tensor, is_kept: Tensor, tokens: int, memory, rows: Tensor, batch: int):
+        """The attention mask of the tokens `index` of some rows, which from now on are in the KV cache."""
         total = visible = tokens if memory is None else memory.get_seq_length()  # with those of this call
         queries = index + total - tokens  # their places in the sequence
         keys = queries.where(is_kept, -1)
         if memory is not None:
-            keys = memory.places = keys if memory.places is None else torch.cat([memory.places, keys], 1)
+            new = keys.new_full((batch, keys.shape[1]), -1).index_copy_(0, rows, keys)
+            memory.rows = rows
+            memory.places = new if memory.places is None else torch.cat([memory.places, new], 1)
+            keys = memory.places[rows]
             visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
         if keys.shape[1] == total == visible and (keys >= 0).all():
             return mask  # all tokens so far were kept
@@ -531,7 +537,15 @@ class _TokenCacheLayer(_RoutedCacheLayer):
     """Keys and values of the kept tokens only. Rows that keep fewer have void columns among them."""
 
     places = None  # (B, columns): a column's place in the sequence, -1 where it is void
-    update = DynamicLayer.update  # a sliding window would forget columns, some of which may be void
+    rows = None  # that keep a token of this call
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if len(keys) < len(self.places):  # void columns for the others
+            shape = (len(self.places), *keys.shape[1:])
+            keys, values = (t.new_zeros(shape).index_copy_(0, self.rows, t) for t in (keys, values))
+        # Not a sliding window's own: it would forget columns, some of which may be void.
+        keys, values = DynamicLayer.update(self, keys, values)
+        return keys[self.rows], values[self.rows]
 
     def get_seq_length(self) -> int:
         return self.first.get_seq_length()

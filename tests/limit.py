@@ -1,9 +1,9 @@
-"""How much of the ideal saving is reached: all routed gates closed, against attention and its layer norm cut out.
+"""How much of the ideal saving is reached: all routed gates closed, against what they skip cut out.
 
-    python tests/limit.py      # one thread, a few minutes
+    python tests/limit.py      # one thread, ten minutes
 
-On a random Llama of width 512 and 8 layers. A share of 1 means that a closed gate costs nothing at all. Then what a
-step of tune.py takes, with either estimator, in forward passes of the dense model over as many rows.
+On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out, too). A
+share of 1 means that a closed gate costs nothing at all. Then what a step of tune.py takes, with either estimator, in forward passes of the dense model over as many rows.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tune  # noqa: E402
 from evaluate import Watch, decode, prefill, removed, table  # noqa: E402
-from mindskip import MindSkipConfig, add_mindskip, fix_gates  # noqa: E402
+from mindskip import GRANULARITIES, MindSkipConfig, _mix_in, add_mindskip, fix_gates  # noqa: E402
 
 
 def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
@@ -39,20 +39,35 @@ def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:
     return LlamaForCausalLM(config).eval().requires_grad_(False), (3, 4, 5, 6)
 
 
-def three_models(stack: ExitStack) -> list[torch.nn.Module]:
-    """Dense, all routed gates closed, and attention with its norm removed."""
+class WithoutMLP:
+    def forward(self, x, **kwargs):
+        return x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+
+
+class WithoutAnything:
+    def forward(self, x, **kwargs):
+        return x
+
+
+def three_models(stack: ExitStack, granularity: str) -> list[torch.nn.Module]:
+    """Dense, all routed gates closed, and what they skip removed."""
     dense, layers = limit_model()
-    closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers))
+    closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers, granularity))
     stack.enter_context(fix_gates(closed, dict.fromkeys(layers, False)))
-    return [dense, closed, removed(dense, dict.fromkeys(layers, torch.zeros(1)))]
+    if granularity.startswith("attention"):
+        return [dense, closed, removed(dense, dict.fromkeys(layers, torch.zeros(1)))]
+    without = copy.deepcopy(dense)
+    mixin = WithoutMLP if granularity.startswith("mlp") else WithoutAnything
+    _mix_in({without.model.layers[i]: mixin for i in layers})
+    return [dense, closed, without]
 
 
 @torch.no_grad()
-def operations_share() -> float:
+def operations_share(granularity: str = "attention-sequence") -> float:
     """(dense - closed) / (dense - removed), by operations dispatched in one decode step."""
     counts = []
     with ExitStack() as stack:
-        for model in three_models(stack):
+        for model in three_models(stack, granularity):
             cache, token = prefill(model, torch.arange(16)[None])
             with Watch() as watch:
                 decode(model, cache, token, 1)
@@ -68,14 +83,14 @@ def cpu_time(function, *args) -> tuple[float, object]:
 
 
 @torch.no_grad()
-def time_shares(repeats: int, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
+def time_shares(granularity: str, repeats: int, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
     """CPU time of one thread: shares of the ideal gain.
 
     Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
     """
     times, prompt = {"prefill": [], "decode": []}, torch.arange(length)[None]
     with ExitStack() as stack:
-        models = three_models(stack)
+        models = three_models(stack, granularity)
         for repeat in tqdm(range(-1, repeats), "limit", leave=False, disable=None):
             prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
             steps = [
@@ -85,7 +100,7 @@ def time_shares(repeats: int, length: int = 512, new_tokens: int = 32) -> dict[s
             if repeat >= 0:
                 times["prefill"].append(prefills)
                 times["decode"].append([statistics.median(column) for column in zip(*steps)])
-    results = {"operations": {"share": operations_share()}}
+    results = {"operations": {"share": operations_share(granularity)}}
     for phase, rows in times.items():
         # A share is a ratio of differences of noisy times: that of the medians, and quartiles of single repeats.
         medians = [statistics.median(column) for column in zip(*rows)]
@@ -137,14 +152,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25, help="of every figure, at least 2")
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    results, spread = time_shares(repeats), "[{q1:.3f} {q3:.3f}]"
+    rows, spread = {}, "[{q1:.3f} {q3:.3f}]"
     print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
-    rows = {"decode, operations": {"median": results["operations"]["share"], "quartiles": ""}}
-    for phase in ("prefill", "decode"):
-        at = results[phase]
-        rows[f"{phase}, CPU time"] = {"median": at["share"], "quartiles": spread.format(**at)}
-    columns = {"median": "{median:.3f}", "quartiles": "{quartiles}"}
+    for granularity in GRANULARITIES:
+        results = time_shares(granularity, repeats)
+        rows[granularity] = {"operations": results["operations"]["share"]}
+        for phase in ("prefill", "decode"):
+            rows[granularity][phase] = f"{results[phase]['share']:.3f} {spread.format(**results[phase])}"
+    columns = {"prefill": "{prefill}", "decode": "{decode}", "decode, operations": "{operations:.3f}"}
     print(table("share of the ideal gain", rows, columns))
+    columns = {"median": "{median:.3f}", "quartiles": "{quartiles}"}
     rows = {}
     for estimator in ("rloo", "straight-through"):
         at = time_step(estimator, repeats)

@@ -188,15 +188,19 @@ def test_only_kept_tokens_are_computed_and_cached(granularity, monkeypatch):
     original = kind.forward
 
     def counted(self, *args, **kwargs):
-        sizes.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        sizes.append((args[0] if args else kwargs["hidden_states"]).shape[:2])
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", counted)
     cache = model(ids).past_key_values
     kept = last(model, "gate").sum((1, 2)).int().tolist()
-    assert sizes == [20, 20, *kept, 20] and 0 < min(kept) < max(kept)
+    assert sizes == [(1, count) for count in (20, 20, *kept, 20)] and 0 < min(kept) < max(kept)
     if what != "mlp":
         assert [cache.layers[i].keys.shape[2] for i in ROUTED] == kept
+    sizes.clear()
+    with fix_gates(model, dict.fromkeys(ROUTED, torch.tensor([True, False, True, False]))):
+        model(tokens())
+    assert sizes == [(4, 20), (4, 20), (2, 20), (2, 20), (2, 20), (4, 20)]
 
 
 @pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("token")])
