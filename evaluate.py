@@ -693,6 +693,9 @@ def parse_arguments(argv: list[str] | None = None):
     add("--task-limit", type=number(int, 1), help="questions of each task; None: all")
     add("--include-path", help="folder with task definitions of your own")
     args = parser.parse_args(argv)
+    modes = [name for name in ("tasks", "what_if", "explain", "capacity") if getattr(args, name)]
+    if len(modes) > 1:
+        raise ValueError(f"{modes} are different runs: choose one of these flags")
     if not args.tasks and (args.tasks == "" or args.num_fewshot or args.task_limit or args.include_path):
         raise ValueError(f"--tasks {args.tasks}: name tasks, or leave out the flags that are for them")
     return args

@@ -18,7 +18,8 @@ In training mode all is computed and multiplied by its gate, so that closed gate
 In evaluation a closed gate calls nothing and caches nothing. Same gates, same output, in either mode.
 `add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
-x_t . w), a skipped token isn't there for others: no query, no key, no value, as in Mixture of Depths.
+x_t . w), a skipped token isn't there for others: no query, no key, no value, as in Mixture of Depths. So any
+family's attention can run on kept tokens alone. (The released code multiplies outputs: skipped keys stay.)
 """
 
 import inspect
@@ -190,6 +191,8 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 class _Gated:
     """Mixed into an MLP: three ways to call it. Attention and blocks differ a little (below)."""
 
+    # Its name in a decoder layer, and how the layer's code uses it: what stands in has as many values.
+    child, use = "mlp", r"\n *\w+ = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     has_keys = False  # whether what is skipped leaves no key and no value in the KV cache
 
@@ -302,6 +305,7 @@ class _Gated:
 
 
 class _GatedAttention(_Gated):
+    child, use = "self_attn", r"\n *\w+, \w+ = self\.self_attn\("
     has_keys = True
 
     def result(self, output: Tensor, more: list) -> tuple:
@@ -309,6 +313,7 @@ class _GatedAttention(_Gated):
 
 
 class _GatedBlock(_Gated):
+    child, use = None, r"return \w+\s*$"
     has_keys = True
 
     def seen(self, x: Tensor) -> Tensor:
@@ -424,7 +429,7 @@ class _CallingModel:
         if voters is None and (labels := kwargs.get("labels")) is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-            if (labels[:, 0] != -100).any():
+            if (labels[:, 0] != -100).any() and not routers(self)[0].is_token:
                 warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=2)
         elif voters is None and outer is not None:
             voters = outer.voters
@@ -594,10 +599,13 @@ def attention_layers(model: nn.Module) -> list[int]:
     return [i for i, fits in enumerate(fit) if fits]
 
 
+_GATED = {"attention": _GatedAttention, "mlp": _Gated, "block": _GatedBlock}
+
+
 def gated_module(layer: nn.Module, granularity: str) -> nn.Module | None:
     """What of a decoder layer a gate can skip."""
-    name = {"attention": "self_attn", "mlp": "mlp"}.get(granularity.split("-")[0])
-    return getattr(layer, name, None) if name else layer
+    child = _GATED[granularity.split("-")[0]].child
+    return getattr(layer, child, None) if child else layer
 
 
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
@@ -617,7 +625,8 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     for i in config.layers:
         layer = decoder.layers[i]
         sublayer = gated_module(layer, config.granularity)
-        if sublayer is None or hasattr(sublayer, "router") or not re.search(_SOURCE[what], _source(layer)):
+        is_used = re.search(_GATED[what].use, inspect.getsource(type(layer).forward))
+        if sublayer is None or hasattr(sublayer, "router") or not is_used:
             raise ValueError(f"layer {i} ({type(layer).__name__}) has no {what} that can be left out")
         router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
@@ -630,19 +639,6 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         _mix_in({sublayer: _GATED[what]} | dict.fromkeys(norm, _DeferredNorm))
     _mix_in({model: _CallingModel, decoder: _CallingModel})
     return model
-
-
-_GATED = {"attention": _GatedAttention, "mlp": _Gated, "block": _GatedBlock}
-# How a decoder layer calls what may be left out: what stands in its place must have as many values.
-_SOURCE = {
-    "attention": r"\n *\w+, \w+ = self\.self_attn\(",
-    "mlp": r"\n *\w+ = self\.mlp\(",
-    "block": r"return \w+\s*$",
-}
-
-
-def _source(layer: nn.Module) -> str:
-    return inspect.getsource(type(layer).forward)
 
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
@@ -679,7 +675,7 @@ def _norm_of_attention_alone(layer: nn.Module) -> tuple[nn.Module, ...]:
     """
     lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)\s+(#.*\s+)*"
     lines += r"hidden_states, \w+ = self\.self_attn\("
-    found = re.search(lines, _source(layer))
+    found = re.search(lines, inspect.getsource(type(layer).forward))
     return (getattr(layer, found[1]),) if found else ()
 
 

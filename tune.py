@@ -352,6 +352,19 @@ def default_layers(model) -> tuple[int, ...]:
     return tuple(found[max(1, len(found) - 1 - len(found) // 2) : -1]) or (1,)  # add_mindskip refuses (1,)
 
 
+def add_trained(model, args) -> MindSkipConfig:
+    """Add, in place, all that `args` asks to train: routers, beside them adapters, or the backbone."""
+    model.requires_grad_(args.train == "all")
+    if args.lora_rank:
+        with naming("--lora-rank needs the extra `lora`: pip install -e '.[lora]'"):
+            from peft import LoraConfig
+        scale = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank}
+        model.add_adapter(LoraConfig(target_modules="all-linear", **scale))
+    config = MindSkipConfig(args.layers or default_layers(model), args.granularity, capacity=args.capacity)
+    add_mindskip(model, config)
+    return config
+
+
 # ---- The command
 
 
@@ -470,6 +483,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"that run has {changed}; start another to change this")
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
+    if args.lora_rank and args.train == "all":
+        raise ValueError(
+            f"--lora-rank {args.lora_rank}: adapters are for a frozen backbone; not with --train all"
+        )
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
     return args
@@ -490,24 +507,16 @@ def main(argv: list[str] | None = None) -> None:
     is_used = folder.is_dir() and any(path.stat().st_size for path in folder.iterdir())
     if is_used and is_writer and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} holds an earlier run; choose another --name, --overwrite or --resume it")
-    if args.lora_rank:
-        with naming("--lora-rank needs the extra `lora`: pip install -e '.[lora]'"):
-            from peft import LoraConfig
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
     with torch.device("meta"):  # a model without weights tells whether, and where, it can be routed
         plan = from_pretrained(AutoConfig, args)
         skeleton = AutoModelForCausalLM.from_config(plan, trust_remote_code=args.trust_remote_code)
-    config = MindSkipConfig(args.layers or default_layers(skeleton), args.granularity, capacity=args.capacity)
-    add_mindskip(skeleton, config)
+        add_trained(skeleton, args)
     tokenizer = from_pretrained(AutoTokenizer, args)
     examples, told = load_examples(args, "--split", tokenizer)
     model, path, done, state = load_model(args, examples), folder / "routers.safetensors", 0, None
     hashes = [torch.hash_tensor(weight).item() for weight in model.parameters()]
     prints = {"data": zlib.crc32(json.dumps(examples).encode()), "weights": zlib.crc32(repr(hashes).encode())}
-    model.requires_grad_(args.train == "all")
-    if args.lora_rank:
-        model.add_adapter(lora)  # in place, in float32
-    add_mindskip(model, config)
+    config = add_trained(model, args)
     if args.resume:
         described, state = mindskip.read_routers(path)
         done = described["about"]["step"]

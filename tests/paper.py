@@ -10,6 +10,7 @@ neither split (see seeds.py).
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -131,6 +132,7 @@ def curve(seeds: list[int]) -> dict:
     """Routers tuned once, for 0.5; the threshold of every other budget is calibrated on training data."""
     train, test, rows = load("train"), load("test"), {}
     args = evaluate.parse_arguments(["--repeats", "7"])
+    chosen_train = random.Random(0).sample(train, tune.CALIBRATION)
     ids = {one["task"]: torch.tensor([one["ids"][: one["prompt"]]]) for one in test}
     for seed in seeds:
         with torch.enable_grad():
@@ -139,16 +141,16 @@ def curve(seeds: list[int]) -> dict:
         mindskip.save_routers(model, path)
         dense = evaluate.copied(mindskip.remove_mindskip(model))
         for capacity in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
-            layers, ours = evaluate.attach(model, path, capacity, train[: tune.CALIBRATION])
-            quality, chosen, _ = evaluate.compare_quality(model, layers, ours, train[:1024], test, args)
+            layers, ours = evaluate.attach(model, path, capacity, chosen_train)
+            quality, chosen, _ = evaluate.compare_quality(model, layers, ours, chosen_train, test, args)
             routed, count = mindskip.load_routers(model, path), len(ids)
-            tune.calibrate(routed, train[: tune.CALIBRATION], capacity)
+            tune.calibrate(routed, chosen_train, capacity)
             keep = quality["mindskip"]["keep"]
-            random = torch.rand(len(layers), count) < keep
+            drawn = torch.rand(len(layers), count) < keep
             ways = {"mindskip": [{}] * count}
             closed = dict.fromkeys(set(chosen["best"]) & set(layers), False)
             ways["static, best"] = [dict.fromkeys(layers, True) | closed] * count
-            ways["random"] = [dict(zip(layers, column)) for column in random.T.tolist()]
+            ways["random"] = [dict(zip(layers, column)) for column in drawn.T.tolist()]
             contexts = {"dense": [partial(nullcontext, dense)] * count}
             contexts |= {
                 n: [partial(mindskip.fix_gates, routed, gates) for gates in w] for n, w in ways.items()

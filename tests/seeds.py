@@ -25,7 +25,6 @@ import make  # noqa: E402
 
 import tune  # noqa: E402
 from evaluate import score_all, summarize  # noqa: E402
-from mindskip import MindSkipConfig, add_mindskip  # noqa: E402
 
 
 def development_examples(tokenizer, train: list[dict], count: int) -> list[dict]:
@@ -44,14 +43,8 @@ def development_examples(tokenizer, train: list[dict], count: int) -> list[dict]
 
 def tuned(args, train: list[dict]):
     """What tune.py makes, without its files: (model, routed layers)."""
-    model = tune.load_model(args, train).requires_grad_(args.train == "all")
-    layers = args.layers or tune.default_layers(model)
-    if args.lora_rank:
-        from peft import LoraConfig
-
-        scale = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank}
-        model.add_adapter(LoraConfig(target_modules="all-linear", **scale))
-    add_mindskip(model, MindSkipConfig(layers, args.granularity, capacity=args.capacity))
+    model = tune.load_model(args, train)
+    layers = tune.add_trained(model, args).layers
     tune.tune(model, train, args)
     chosen = random.Random(args.seed).sample(train, min(tune.CALIBRATION, len(train)))
     tune.calibrate(model, chosen, args.capacity)

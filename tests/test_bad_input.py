@@ -142,6 +142,12 @@ TUNE = {
     "a layer twice": (["--layers", "3,3"], nothing, "got (3, 3)"),
     "a layer out of range": (["--layers", "3,8"], nothing, "layers (3, 8): only the attention of layers [1, 2, 3, 4, 5] can be routed"),
     "layers that are no numbers": (["--layers", "all"], nothing, "invalid int value: 'all'"),
+    "an unknown granularity": (["--granularity", "head-token"], nothing, "invalid choice: 'head-token'"),
+    "no rank": (["--lora-rank", "0"], nothing, "--lora-rank: 0: must be between 1 and"),
+    "adapters on a trained backbone": (["--lora-rank", "8", "--train", "all"], nothing, "--lora-rank 8: adapters are"),
+    "something else to train": (["--train", "half"], nothing, "--train: invalid choice: 'half'"),
+    "an infinite rate of the backbone": (["--backbone-lr", "inf"], nothing, "--backbone-lr: inf: must be between"),
+    "an adapter that is not there": (["--adapter", "nowhere"], nothing, "--adapter nowhere: "),
     "no steps": (["--steps", "0"], nothing, "--steps: 0: must be between 1 and"),
     "an infinite learning rate": (["--lr", "inf"], nothing, "--lr: inf: must be"),
     "a learning rate that is no number": (["--lr", "nan"], nothing, "--lr: nan: must be"),
@@ -227,6 +233,12 @@ def test_tune_refuses(case, folder, capfd):
     arguments, prepare, message = TUNE[case]
     prepare(folder)
     assert message in refused(tune.main, ["--model", "model", "--dataset", "data", *arguments], folder, capfd)
+
+
+def test_adapters_without_their_package(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    arguments = ["--model", "model", "--dataset", "data", "--lora-rank", "2"]
+    assert "pip install -e '.[lora]'" in refused(tune.main, arguments, folder, capfd)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -350,6 +362,8 @@ EVALUATE = {
     "too few repeats": (["--repeats", "1"], nothing, "--repeats: 1: must be between 2 and"),
     "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length: 0: must be"),
     "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size: 0: must be"),
+    "a budget above 1": (["--capacity", "0.5,2"], nothing, "--capacity: 0.5,2: must be between 0 and 1"),
+    "two runs at a time": (["--capacity", "0.5", "--explain", "a"], nothing, "['explain', 'capacity'] are different"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
     "no such calibration split": (["--calibration-split", "dev"], nothing, "--calibration-split dev: Unknown split"),
     "an output folder that is a file": (["--output", "routers.safetensors"], nothing, "routers.safetensors"),
