@@ -65,7 +65,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
 
     rloo: gates m are drawn, open with probability s. Each prompt runs with K = DRAWS independent draws:
 
-        dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over routed layers
+        dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over a row's gates
 
     Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
     don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
@@ -105,14 +105,10 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        lengths = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates of a row, in a layer
-        thresholds = torch.rand(
-            len(weights), draws, args.batch_size, max(lengths)
-        )  # below s, with probability s
-        count, (task_loss, opened) = (
-            len(weights) * draws * sum(lengths),
-            torch.zeros(2, 1, device=model.device),
-        )
+        units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates of a row in a layer
+        count = len(weights) * draws * sum(units)  # gates of this step
+        thresholds = torch.rand(len(weights), draws, len(batch), max(units))  # below s with probability s
+        task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
@@ -123,18 +119,19 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             loss = nats.sum()
             if draws > 1:
                 log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
-                log_p = (log_p * counted).transpose(0, 1).flatten(1).sum(1).view(draws, -1)
-                of_draws = nats.detach().view(draws, -1)
-                loss = ((of_draws - of_draws.mean(0)) / (draws - 1) * log_p).sum()
-                loss += nats.sum() / draws if nats.requires_grad else 0
-            share = counted.sum().item() / count  # of the step
+                log_p = (log_p * counted).transpose(0, 1).flatten(1).sum(1).view(draws, -1)  # (draws, rows)
+                drawn_nats = nats.detach().view(draws, -1)
+                loss = ((drawn_nats - drawn_nats.mean(0)) / (draws - 1) * log_p).sum()
+                loss += nats.sum() / draws if others else 0
+            share = counted.sum().item() / count  # of the gates of this step
             loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
             loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits[counted].square().mean()
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().sum()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights + others]
-        total = [task_loss, opened, *grads]
+        for parameter in others:  # without one where every gate above was closed
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
         if world > 1:  # one all-reduce
             dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
             for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
