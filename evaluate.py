@@ -76,10 +76,10 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
         if not nats.isfinite().all():
             bad = [index[i] for i in (~nats.isfinite()).nonzero()[:, 0]]
             raise FloatingPointError(f"the loss of examples {bad[:5]} is not finite; try --dtype float32")
-        share = torch.stack(
-            [router.gate.sum(1) / router.counted.sum(1) for router in mindskip.routers(model)], 1
-        )
-        parts.append((correct.cpu(), nats.cpu(), share.detach().cpu()))
+        share = last(model, "gate").detach()  # (layers, B)
+        if share.ndim == 3:  # (layers, B, T): of a row's tokens
+            share = share.sum(2) / last(model, "counted").sum(2)
+        parts.append((correct.cpu(), nats.cpu(), share.T.cpu()))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
 
@@ -106,9 +106,7 @@ def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> d
     }
 
 
-def attach(
-    model, path, capacity: float | None = None, examples=()
-) -> tuple[tuple[int, ...], dict[int, bool]]:
+def attach(model, path, capacity: float | None = None, examples=()) -> tuple[tuple, dict[int, bool]]:
     """Routers of `path`, and gates on all other layers but the first, which static rows may close.
 
     capacity: a budget for which the threshold is chosen again, on `examples`. Returns the routed layers, and
@@ -148,7 +146,7 @@ def most_redundant(
             if sublayer is layer:
                 seen[i] = x, y
             else:  # attention comes first in a layer, an MLP last
-                seen[i] = (y - added, y) if sublayer is layer.mlp else (x, x + added)
+                seen[i] = (y - added, y) if granularity.startswith("mlp") else (x, x + added)
 
         handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
         handles.extend(child.register_forward_hook(add) for child in layer.children())
@@ -333,9 +331,8 @@ def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
             for router in mindskip.routers(model):
-                share = (
-                    (router.gate.sum() / router.counted.sum()).item() * len(group) / sum(map(len, prompts))
-                )
+                kept = (router.gate.sum() / router.counted.sum()).item()
+                share = kept * len(group) / sum(map(len, prompts))
                 found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
     return found
 

@@ -39,8 +39,8 @@ def load(split: str, *flags: str) -> list[dict]:
     return tune.load_examples(args, "--split", AutoTokenizer.from_pretrained(args.model))[0]
 
 
-def summary_of(model, layers, examples: list[dict], dense_model=None) -> dict:
-    """Accuracy under routers, compared with all gates open, or with another model."""
+def summary_of(model, layers, examples: list[dict]) -> dict:
+    """Accuracy under routers, compared with all gates open."""
     every = dict.fromkeys(layers, True)
     dense = evaluate.score_all(model, examples, every)
     return evaluate.summarize(evaluate.score_all(model, examples, {}), dense, examples, len(layers)) | {
@@ -48,80 +48,84 @@ def summary_of(model, layers, examples: list[dict], dense_model=None) -> dict:
     }
 
 
+def cost_of(granularity: str, test: list[dict]) -> dict:
+    """Speedup and KV cache with half of the gates closed: layer 1's, for one prompt of 512 tokens at a time."""
+    args = evaluate.parse_arguments(["--repeats", "9"])
+    dense = tune.load_model(args, test)
+    routed = mindskip.add_mindskip(evaluate.copied(dense), mindskip.MindSkipConfig((1, 2), granularity))
+    gates = {1: torch.zeros(8, dtype=torch.bool), 2: torch.ones(8, dtype=torch.bool)}
+    prompts = evaluate.long_prompts(test, 8, 512)
+    cost = evaluate.compare_cost(dense, routed, {"half": gates}, prompts, 1, args)
+    found = {f"{phase} x": cost["half"][phase]["speedup"] for phase in ("prefill", "decode")}
+    return found | {"kv": cost["half"]["kv_kib"] / cost["dense"]["kv_kib"]}
+
+
 def granularities(seeds: list[int]) -> dict:
-    """The six rows of the paper's table: accuracy, keep ratio, KV cache, and time for prompts of 512 tokens."""
+    """The six rows of the paper's table: accuracy, keep ratio, time and KV cache."""
     train, test, rows = load("train"), load("test"), {}
-    cost_args = evaluate.parse_arguments(["--repeats", "7"])
-    for granularity in mindskip.GRANULARITIES:
+    costs = {granularity: cost_of(granularity, test) for granularity in mindskip.GRANULARITIES}
+    for granularity, cost in costs.items():
         found = []
         for seed in seeds:
             args = tune.parse_arguments(["--granularity", granularity, "--seed", str(seed)])
-            model, layers = tuned(args, train)
-            found.append(summary_of(model, layers, test))
+            found.append(summary_of(*tuned(args, train), test))
             print(granularity, seed, f"{found[-1]['average']:.2f}", flush=True)
-        rows.setdefault("dense", found[0]["dense"] | {"spread": 0.0, "x": 1.0, "x_decode": 1.0, "kv": 1.0})
-        static = {i: torch.full((8,), k > 0) for k, i in enumerate(layers)}  # half of the gates
-        prompts = evaluate.long_prompts(test, 8, 512)
-        dense = mindskip.remove_mindskip(evaluate.copied(model))
-        cost = evaluate.compare_cost(dense, model, {"half": static}, prompts, 1, cost_args)
+        rows.setdefault("dense", found[0]["dense"] | {"spread": 0.0, "prefill x": 1, "decode x": 1, "kv": 1})
         averages = [one["average"] for one in found]
-        rows[granularity] = found[0] | {
+        rows[granularity] = cost | {
             "average": statistics.mean(averages),
             "spread": statistics.pstdev(averages),
             "by_task": [statistics.mean(values) for values in zip(*(one["by_task"] for one in found))],
             "keep": statistics.mean(one["keep"] for one in found),
-            "x": cost["half"]["prefill"]["speedup"],
-            "x_decode": cost["half"]["decode"]["speedup"],
-            "kv": cost["half"]["kv_kib"] / cost["dense"]["kv_kib"],
         }
     tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(rows["dense"]["accuracy"])}
-    columns = {"average": "{average:.2f}", "spread": "{spread:.2f}", "keep": "{keep:.2f}"}
-    columns |= {"prefill x": "{x:.2f}", "decode x": "{x_decode:.2f}", "KV": "{kv:.2f}"}
+    columns = {"average": "{average:.2f}", "spread": "{spread:.2f}", "keep": "{keep:.2f}", "KV": "{kv:.2f}"}
+    columns |= {name: f"{{{name}:.2f}}" for name in ("prefill x", "decode x")}
     print(evaluate.table("accuracy %", rows, tasks | columns))
     print(f"seeds {seeds}; x and KV: half of the gates closed, one prompt of 512 tokens at a time")
     return rows
 
 
+TRAINED = {
+    "routers (Router-Tuning)": [],
+    "routers, straight-through": ["--estimator", "straight-through"],
+    "routers and adapters": ["--lora-rank", "8"],
+    "all": ["--train", "all"],
+    "all, block-token (Mixture of Depths)": ["--train", "all", "--granularity", "block-token"],
+}
+
+
+def step_of(flags: list[str], train: list[dict]) -> dict:
+    """Parameters trained, milliseconds of a step, and most MiB beyond the weights in one."""
+    args = tune.parse_arguments([*flags, "--steps", "40"])
+    model, ends = tune.load_model(args, train), []
+    tune.add_trained(model, args)
+    tune.tune(model, train, args, report=lambda *_: ends.append(time.perf_counter()))
+    args.steps = 1
+    with evaluate.Watch() as watch:
+        tune.tune(model, train, args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    step = 1e3 * statistics.median(end - start for start, end in zip(ends, ends[1:]))
+    return {"trained": trained, "step": step, "peak": watch.peak_bytes / 2**20}
+
+
 def training(seeds: list[int]) -> dict:
     """What is trained, on six tasks: memory, time, and accuracy on these and on the two left out."""
     train = [one for one in load("train") if one["task"] not in LEFT_OUT]
-    test, rows = load("test"), {}
-    settings = {
-        "routers (Router-Tuning)": [],
-        "routers, straight-through": ["--estimator", "straight-through"],
-        "routers and adapters": ["--lora-rank", "8"],
-        "all": ["--train", "all"],
-        "all, block-token (Mixture of Depths)": ["--train", "all", "--granularity", "block-token"],
-    }
-    for name, flags in settings.items():
-        found = []
+    test, rows = load("test"), {name: step_of(flags, train) for name, flags in TRAINED.items()}
+    for name, flags in TRAINED.items():
+        six, two, opened, keep = [], [], [], []
         for seed in seeds:
-            args = tune.parse_arguments([*flags, "--seed", str(seed)])
-            start = time.perf_counter()
-            model, layers = tuned(args, train)
-            seconds = time.perf_counter() - start
-            found.append(summary_of(model, layers, test))
-            print(name, seed, found[-1]["accuracy"], f"{seconds:.0f} s", flush=True)
-        args.steps = 1
-        with evaluate.Watch() as watch:
-            tune.tune(model, train, args)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        is_left = [task in LEFT_OUT for task in found[0]["accuracy"]]
-
-        def mean(of_six: bool, key: str = "accuracy", found=found, is_left=is_left) -> float:
-            kept = [[v for v, left in zip(one["by_task"], is_left) if left != of_six] for one in found]
-            return statistics.mean(statistics.mean(values) for values in kept)
-
-        rows[name] = {
-            "trained": trained, "peak": watch.peak_bytes / 2**20, "six": mean(True), "two": mean(False),
-            "keep": statistics.mean(one["keep"] for one in found), "found": found,
-            "step": 1e3 * seconds / tune.parse_arguments([]).steps,
-            "open_two": statistics.mean(
-                statistics.mean(one["dense"]["accuracy"][task] for task in LEFT_OUT) for one in found
-            ),
-        }  # fmt: skip
+            found = summary_of(*tuned(tune.parse_arguments([*flags, "--seed", str(seed)]), train), test)
+            six.append(statistics.mean(v for task, v in found["accuracy"].items() if task not in LEFT_OUT))
+            two.append(statistics.mean(found["accuracy"][task] for task in LEFT_OUT))
+            opened.append(statistics.mean(found["dense"]["accuracy"][task] for task in LEFT_OUT))
+            keep.append(found["keep"])
+            print(name, seed, f"six {six[-1]:.2f} two {two[-1]:.2f} open {opened[-1]:.2f}", flush=True)
+        means = {"six": six, "two": two, "open": opened, "keep": keep}
+        rows[name] |= {key: statistics.mean(values) for key, values in means.items()}
     columns = {"trained": "{trained:,}", "peak MiB": "{peak:.0f}", "ms a step": "{step:.0f}"}
-    columns |= {"six tasks %": "{six:.2f}", "two left out %": "{two:.2f}", "gates open": "{open_two:.2f}"}
+    columns |= {"six tasks %": "{six:.2f}", "two left out %": "{two:.2f}", "gates open": "{open:.2f}"}
     print(evaluate.table("trained", rows, columns | {"keep": "{keep:.2f}"}))
     print(f"left out: {LEFT_OUT}; gates open: accuracy on those with every gate open; seeds {seeds}")
     return rows
