@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -204,6 +205,8 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
 def explain(model, tokenizer, text: str, new_tokens: int) -> None:
     """Print what each router decides for a prompt, and how the model goes on."""
     prompt = tokenizer(text, return_tensors="pt").to(model.device)
+    if not text:
+        raise ValueError("--explain: an empty prompt")
     model(**prompt, use_cache=False)
     rows, tokens = {}, prompt["input_ids"][0].tolist()
     for router in mindskip.routers(model):
@@ -326,14 +329,13 @@ def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
     found = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}
     for context, group in zip(contexts, prompts):
         with context() as model:
-            cache, peak = peak_bytes(model, group, new_tokens)
+            cache, kept, peak = peak_bytes(model, group, new_tokens)
             found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
-            for router in mindskip.routers(model):
-                kept = (router.gate.sum() / router.counted.sum()).item()
-                share = kept * len(group) / sum(map(len, prompts))
-                found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
+            for layer, share in kept.items():
+                share *= len(group) / sum(map(len, prompts))
+                found["kept"][layer] = found["kept"].get(layer, 0.0) + share
     return found
 
 
@@ -359,16 +361,18 @@ class Watch(TorchDispatchMode):
                 where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # keeps the address taken
 
 
-def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, int]:
-    """The cache after prefill and decoding, and most memory allocated meanwhile, beyond the weights."""
+def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, dict, int]:
+    """After prefill and decoding: the cache, {layer: share of the prompts' gates that were open}, and the most
+    memory that was allocated, beyond the weights."""
     on_gpu = model.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with nullcontext() if on_gpu else Watch() as watch:
         cache, token = prefill(model, prompts)
+        kept = {r.layer: (r.gate.sum() / r.counted.sum()).item() for r in mindskip.routers(model)}
         decode(model, cache, token, new_tokens)
-    return cache, torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
+    return cache, kept, torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
@@ -452,10 +456,11 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
                 limit.append(partial(nullcontext, removed(dense, found)))
                 if len(multiply) < len(groups):  # by the gates of the first way
                     multiply.append(partial(nullcontext, multiplied(dense, found)))
-        rows |= {name: row} | (
-            {f"{name}, removed": limit} if limit and has_limit and name != "static" else {}
-        )
-    rows |= {"multiply": multiply} if multiply else {}
+        rows[name] = row
+        if limit and has_limit and name != "static":
+            rows[f"{name}, removed"] = limit
+    if multiply:
+        rows["multiply"] = multiply
     cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
     for name in ways:
         cost.get(f"{name}, removed", {})["kept"] = cost[name]["kept"]
@@ -596,7 +601,7 @@ def table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> str:
     """Aligned text. A column is a heading, and a format of a row's results that gives the cell."""
     lines = [[title, *columns]]
     for name, row in rows.items():
-        lines.append([name, *(cell.format(**row).replace("nan", "-") for cell in columns.values())])
+        lines.append([name, *(re.sub(r"\bnan\b", "-", cell.format(**row)) for cell in columns.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line) for line in aligned)
@@ -690,7 +695,11 @@ def parse_arguments(argv: list[str] | None = None):
     add("--task-limit", type=number(int, 1), help="questions of each task; None: all")
     add("--include-path", help="folder with task definitions of your own")
     args = parser.parse_args(argv)
-    modes = [name for name in ("tasks", "what_if", "explain", "capacity") if getattr(args, name)]
+    modes = [
+        name
+        for name in ("tasks", "what_if", "explain", "capacity")
+        if getattr(args, name) not in (None, False)
+    ]
     if len(modes) > 1:
         raise ValueError(f"{modes} are different runs: choose one of these flags")
     if not args.tasks and (args.tasks == "" or args.num_fewshot or args.task_limit or args.include_path):
@@ -718,7 +727,11 @@ def main(argv: list[str] | None = None) -> None:
     config, step = described["config"], described["about"].get("step")
     manager = load_tasks(names, args.include_path) if names else None
     tokenizer = from_pretrained(AutoTokenizer, args)
-    if args.explain:
+    expected = {"base_model": args.model, "adapter": args.adapter} | described["about"]
+    if (expected["base_model"], expected["adapter"]) != (args.model, args.adapter):
+        adapter = f" with --adapter {expected['adapter']}" if expected["adapter"] else ""
+        print(f"WARNING: these routers were tuned on {expected['base_model']}{adapter}")
+    if args.explain is not None:
         model = load_routers(load_model(args, [{"ids": [0]}]), path)
         for text in sys.stdin if args.explain == "-" else [args.explain]:
             explain(model, tokenizer, text.rstrip("\n"), args.new_tokens)
@@ -733,8 +746,6 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(describe(model, args))
     print(f"layers {layers} | capacity {config.capacity} | threshold {config.threshold:.4f} | {told}")
-    if (base := described["about"].get("base_model", args.model)) != args.model:
-        print(f"WARNING: these routers were tuned on {base}")
     if step is not None:
         print(f"UNFINISHED: these are the routers of step {step}, not calibrated; run tune.py --resume")
     results = {"config": vars(config), "arguments": vars(args)}

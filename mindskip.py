@@ -269,6 +269,8 @@ class _Gated:
         if columns < tokens or not is_kept.all():
             kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
             x = take_tokens(x, index, tokens)
+        elif len(rows) == batch:
+            return super().__call__(x, **kwargs, **added)
         kept, *more = _as_tuple(super().__call__(x, **kwargs, **added))
         output, (row, column) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
         output[rows[row], index[row, column]] = kept[row, column].to(output.dtype)
@@ -396,7 +398,7 @@ class Call(NamedTuple):
                 told = f"{self.voters.dtype} {(*self.voters.shape,)}"
                 raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {told}")
             mask = mask & self.voters.to(x.device)
-        elif getattr(padding, "ndim", 2) != 2:
+        elif padding is not None and getattr(padding, "ndim", None) != 2:
             raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
         elif padding is None and places is not None and (places.diff() < 0).any():
             raise ValueError("positions start again: packed sequences would share a gate; pass voters")
@@ -417,6 +419,10 @@ class Call(NamedTuple):
         return context.run(function, *args, **kwargs)
 
 
+# What a model collects from modules that are called, by what may be skipped. In training all are.
+_LOST = {"output_hidden_states": ("block",), "output_router_logits": ("mlp", "block")}
+
+
 class _CallingModel:
     """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
@@ -424,6 +430,10 @@ class _CallingModel:
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
         if kwargs.get("output_attentions", self.config.output_attentions) and not self.training:
             raise ValueError("output_attentions: attention that is skipped has no weights")
+        for name, kinds in _LOST.items():
+            if kwargs.get(name, getattr(self.config, name, False)) and not self.training:
+                if (kind := routers(self)[0].config.granularity.split("-")[0]) in kinds:
+                    raise ValueError(f"{name}: a skipped {kind} gives none")
         if self.training and (cache := kwargs.get("past_key_values")) and cache.get_seq_length() > 0:
             raise ValueError("training mode cannot continue a KV cache: call model.eval()")
         if voters is None and (labels := kwargs.get("labels")) is not None:
@@ -434,11 +444,15 @@ class _CallingModel:
         elif voters is None and outer is not None:
             voters = outer.voters
         ids, is_told = kwargs.get("input_ids"), voters is not None or outer is not None
-        if ids is not None and ids.shape[1] > 1 and not is_told:  # transformers' own method
+        has_padding = getattr(self.config, "pad_token_id", None) is not None
+        if has_padding and ids is not None and ids.shape[1] > 1 and not is_told:  # transformers' own method
             self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
         # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
-        prompt = outer.prompt if outer and kwargs.get("inputs_embeds") is None else None
-        return Call(voters, prompt, kwargs).run(super().__call__, **kwargs)
+        prompt = outer.prompt if outer and (outer.given or kwargs.get("inputs_embeds") is None) else None
+        given = dict(kwargs)
+        if outer and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made by a multimodal wrapper
+            given["attention_mask"] = outer.given.get("attention_mask")
+        return Call(voters, prompt, given).run(super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
@@ -507,7 +521,7 @@ class _RowCacheLayer(_RoutedCacheLayer):
 
     def get_seq_length(self) -> int:
         # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
-        is_known = self.is_initialized and (self.count or self.has_all_keys)
+        is_known = self.count or self.has_all_keys
         return super().get_seq_length() if is_known else self.first.get_seq_length()
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -545,9 +559,12 @@ class _TokenCacheLayer(_RoutedCacheLayer):
     rows = None  # that keep a token of this call
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if len(keys) < len(self.places):  # void columns for the others
-            shape = (len(self.places), *keys.shape[1:])
-            keys, values = (t.new_zeros(shape).index_copy_(0, self.rows, t) for t in (keys, values))
+        cached = self.keys.shape[2] if self.is_initialized else 0
+        if self.places is None or self.places.shape[1] != cached + keys.shape[2]:
+            raise ValueError("a routed model made this KV cache")
+        if len(keys) < (batch := len(self.places)):  # void columns for the others
+            empty = (t.new_zeros(batch, *t.shape[1:]) for t in (keys, values))
+            keys, values = (e.index_copy_(0, self.rows, t) for e, t in zip(empty, (keys, values)))
         # Not a sliding window's own: it would forget columns, some of which may be void.
         keys, values = DynamicLayer.update(self, keys, values)
         return keys[self.rows], values[self.rows]
@@ -574,12 +591,14 @@ def _routed_cache_layer(cache: Cache, router: Router, tokens: int) -> _RoutedCac
     i, is_mlp = router.layer, router.config.granularity.startswith("mlp")
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
-    if not isinstance(layer := cache.layers[i], _RoutedCacheLayer):
+    kind = _TokenCacheLayer if router.is_token else _RowCacheLayer
+    if not isinstance(layer := cache.layers[i], kind):
         layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
         # Before an MLP, the attention of its layer has cached what this call brought.
-        if type(layer) not in ROUTABLE or layer.get_seq_length() > is_mlp * tokens:
+        is_new = type(layer) in ROUTABLE and layer.get_seq_length() <= is_mlp * tokens
+        if not is_new or getattr(cache, "offloading", False):
             raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
-        _mix_in({layer: _TokenCacheLayer if router.is_token else _RowCacheLayer})
+        _mix_in({layer: kind})
         layer.has_all_keys = is_mlp
     return layer
 
@@ -618,7 +637,12 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
     if not set(config.layers) <= set(fit := attention_layers(model)[1:]):
         raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
-    if getattr(text, "num_kv_shared_layers", 0) or model.config._attn_implementation == "flex_attention":
+    is_token, attention = config.granularity.endswith("token"), model.config._attn_implementation
+    if is_token and (getattr(text, "attn_temperature_tuning", 0) or attention not in ("eager", "sdpa")):
+        raise ValueError(
+            f"a gate for each token needs eager or sdpa attention without temperature: {attention}"
+        )
+    if getattr(text, "num_kv_shared_layers", 0) or attention == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
     what = config.granularity.split("-")[0]
     new = []  # all that can fail comes before the first change

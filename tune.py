@@ -74,7 +74,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
 
-    Parameters that require a gradient (adapters, or the backbone) are trained, too, with the task loss alone.
+    Parameters that require a gradient (adapters, or the backbone) get that of the same loss, through open
+    gates and through the routers' input.
 
     Neither micro-batches nor processes change gates or gradients, but for rounding. state: where to go on.
     FloatingPointError if loss or gradient is not finite; the routers are then those of the step before.
@@ -528,7 +529,11 @@ def main(argv: list[str] | None = None) -> None:
     commit = None  # of a model from the Hub
     if not Path(args.model).is_dir():
         commit = Path(try_to_load_from_cache(args.model, "config.json", revision=args.revision)).parent.name
-    about = {"base_model": args.model, "revision": commit, "fingerprints": prints}
+    about = {"base_model": args.model, "revision": commit, "fingerprints": prints, "adapter": args.adapter}
+    if args.lora_rank:
+        about["adapter"] = str(folder / "adapter")
+    elif args.train == "all":
+        about["base_model"] = str(folder / "model")
     about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     arguments = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     started = time.perf_counter()

@@ -62,6 +62,23 @@ def test_training_all_saves_a_model_and_routers_that_go_together(flags):
                    "--prompt-length", "8", "--batch-size", "1", "--repeats", "2", "--new-tokens", "1"])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "trained, given", [(["--train", "all"], "--model"), (["--lora-rank", "2"], "--adapter")]
+)
+def test_routers_on_another_model_than_theirs_are_told(trained, given, flags, capsys):
+    if "--lora-rank" in trained:
+        pytest.importorskip("peft", reason="the extra `lora`")
+    tune.main([*flags, *trained])
+    ours = ["--routers", "runs/more", *flags[:2], "--explain", "1+1="]
+    capsys.readouterr()
+    evaluate.main(ours)
+    folder = {"--model": "runs/more/model", "--adapter": "runs/more/adapter"}[given]
+    told = capsys.readouterr().out
+    assert "WARNING: these routers were tuned on" in told and folder in told
+    evaluate.main([*ours, given, folder])
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_adapters_and_routers_are_saved_apart_and_loaded_in_either_order(flags):
     pytest.importorskip("peft", reason="the extra `lora`")
     base = {name: p.clone() for name, p in load_model(flags[1]).named_parameters()}

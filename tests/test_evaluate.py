@@ -154,9 +154,10 @@ def test_similarity_finds_what_each_granularity_can_skip(family, granularity):
     model = build(family)
     for i, factor in ((3, 0.0), (1, 1e-3)):
         layer = model.model.layers[i]
-        layer.mlp.down_proj.weight.data *= factor
-        if family == "gemma2":
-            layer.post_feedforward_layernorm.weight.data.fill_(-1.0)
+        if family == "gemma2":  # the norm after the MLP is part of what it adds
+            layer.post_feedforward_layernorm.weight.data.fill_(factor - 1.0)
+        else:
+            layer.mlp.down_proj.weight.data *= factor
         if granularity == "block-sequence":
             layer.self_attn.o_proj.weight.data *= factor
             if family == "gemma2":

@@ -1,12 +1,15 @@
 """What is gated (attention, an MLP, a whole layer), and what shares a gate (a sequence, a token)."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import FAMILIES, ROUTED, WIDTH, build, tokens
+import transformers
+from conftest import FAMILIES, ROUTED, SHAPE, WIDTH, build, tokens
 from test_tune import ESTIMATORS, examples, recorded_gradients, settings
 
+import evaluate
 import tune
 from mindskip import (
     GRANULARITIES,
@@ -339,3 +342,84 @@ def test_what_cannot_be_left_out_is_refused():
     model = build("gpt_oss")  # its MLP gives two values, and has a router of its own
     with pytest.raises(ValueError, match="GptOssDecoderLayer.* has no mlp that can be left out"):
         add_mindskip(model, MindSkipConfig(ROUTED, "mlp-token"))
+
+
+# ---- what a reader with hostile eyes found ----
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_a_multimodal_wrapper_does_not_hide_padding_or_the_prompt(granularity):
+    """Gemma 3's gives its text model masks that are made already, and embeddings."""
+    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, image_token_index=63,
+                                       mm_tokens_per_image=4, boi_token_index=61, eoi_token_index=62)  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    add_mindskip(model, MindSkipConfig(ROUTED, granularity))
+    for router in routers(model):
+        router.weight.data.copy_(2.0 * torch.randn(WIDTH))
+    for seed in range(4):
+        ids = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(seed))
+        model(ids)
+        gates, counted = last(model, "gate"), last(model, "counted").sum()
+        padded, mask = torch.cat([torch.full((1, 9), 5), ids], 1), torch.ones(1, 21, dtype=torch.long)
+        mask[:, :9] = 0
+        model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        found = last(model, "gate")
+        assert torch.equal(found if found.ndim == 2 else found[..., 9:], gates)
+        assert last(model, "counted").sum() == counted
+        options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(
+            model.generate(padded, **options), model.generate(padded, use_cache=False, **options)
+        )
+
+
+@pytest.mark.parametrize("granularity", ["attention-token", "block-token"])
+@torch.no_grad()
+def test_keys_and_values_may_differ_in_size(granularity):
+    """Multi-head latent attention, in a batch in which a row keeps nothing."""
+    sizes = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+               "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 6}  # fmt: skip
+    config = transformers.DeepseekV3Config(**SHAPE | {"num_key_value_heads": 4} | sizes | experts)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    add_mindskip(model, MindSkipConfig(ROUTED, granularity))
+    ids, gates = tokens(), dict.fromkeys(ROUTED, torch.tensor([True, False, True, False]))
+    with fix_gates(model, gates):
+        cache = model(ids[:, :16]).past_key_values
+        found = model(ids[:, 16:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids).logits[:, 16:], **CLOSE)
+
+
+@torch.no_grad()
+def test_what_a_skipped_block_cannot_give_is_refused():
+    model, ids = build_gated("block-token"), tokens()
+    with pytest.raises(ValueError, match="output_hidden_states: a skipped block gives none"):
+        model(ids, output_hidden_states=True)
+    assert len(model.train()(ids, output_hidden_states=True, use_cache=False).hidden_states) == 7
+    cache = model.eval()(ids).past_key_values
+    with pytest.raises(ValueError, match="routing needs a new DynamicCache"):  # of another granularity
+        model(ids[:, :1], past_key_values=build_gated("block-sequence")(ids).past_key_values)
+    with pytest.raises(ValueError, match="a routed model made this KV cache"):
+        remove_mindskip(model)(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="eager or sdpa"):
+        add_mindskip(build("llama4", attn_temperature_tuning=True), MindSkipConfig(ROUTED, "attention-token"))
+
+
+@torch.no_grad()
+def test_kept_tokens_of_the_prompt_are_counted_not_those_of_decoding():
+    model, ids = build_gated("attention-token"), tokens(rows=1, length=40)
+    found = evaluate.weigh([lambda: nullcontext(model)], [ids], 4)["kept"]
+    model(ids)
+    assert found == {i: pytest.approx(gate.float().mean().item()) for i, gate in decisions(model).items()}
+    assert 0 < min(found.values()) < max(found.values()) < 1
