@@ -124,13 +124,14 @@ def attach(model, path, capacity: float | None = None, examples=()) -> tuple[tup
 
 @torch.no_grad()
 def most_redundant(
-    model, gates: dict, examples: list, count: int, batch_size: int, granularity: str = "attention-sequence"
+    model, examples: list, count: int, batch_size: int, granularity: str = "attention-sequence"
 ) -> tuple[int, ...]:
     """`count` layers, never the first, to skip in: lowest mean 1 - cos(before, after) over prompts.
 
     before, after: the residual stream, at what gates can skip. Source: arXiv 2406.15786, section 3.
     """
-    seen, totals, handles = {}, {}, []
+    model = remove_mindskip(copied(model))  # gates may put results into new tensors, which can't be followed
+    seen, totals = {}, {}
 
     def watch(i: int, layer) -> None:
         sublayer = mindskip.gated_module(layer, granularity)
@@ -149,23 +150,21 @@ def most_redundant(
             else:  # attention comes first in a layer, an MLP last
                 seen[i] = (y - added, y) if granularity.startswith("mlp") else (x, x + added)
 
-        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.extend(child.register_forward_hook(add) for child in layer.children())
-        handles.append(layer.register_forward_hook(leave))
+        layer.register_forward_pre_hook(enter, with_kwargs=True)
+        for child in layer.children():
+            child.register_forward_hook(add)
+        layer.register_forward_hook(leave)
 
     for i in attention_layers(model)[1:]:
         watch(i, mindskip.decoder_of(model).layers[i])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
-        with fix_gates(model, gates):
-            mindskip.decoder_of(model)(
-                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
+        mindskip.decoder_of(model)(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
         for i, (before, after) in seen.items():
             cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
             totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(before.device)].sum().item()
-    for handle in handles:
-        handle.remove()
     return tuple(sorted(sorted(totals, key=totals.get)[:count]))
 
 
@@ -181,7 +180,7 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     skipped = round((1 - keep) * len(layers))
     often_open = score_all(model, train, ours, args.micro_batch_size)["gates"][:, places].mean(0)
     granularity = mindskip.routers(model)[0].config.granularity
-    redundant = most_redundant(model, every, train, skipped, args.micro_batch_size, granularity)
+    redundant = most_redundant(model, train, skipped, args.micro_batch_size, granularity)
     chosen = {"similarity": redundant}
     chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
     is_searched = math.comb(len(every), skipped) <= SUBSETS
@@ -575,7 +574,7 @@ def compare_tasks(model, tokenizer, layers, ours: dict, train: list[dict], names
         rows[name] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     count = round((1 - rows["mindskip"]["keep"]) * len(layers))
     granularity = mindskip.routers(model)[0].config.granularity
-    closed = most_redundant(model, every, train, count, args.micro_batch_size, granularity)
+    closed = most_redundant(model, train, count, args.micro_batch_size, granularity)
     gates = every | dict.fromkeys(closed, False)
     rows["static"] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     return rows | {"static": rows["static"] | {"closed": closed}}
