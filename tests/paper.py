@@ -197,13 +197,13 @@ def plot(rows: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     names = {"flops": "FLOPs of prefill (dense: 1)", "time": "time of prefill (dense: 1)"}
     for axis, (key, label) in zip(axes, names.items()):
-        for name, by_capacity in rows.items():
+        for k, (name, by_capacity) in enumerate(rows.items()):
             found = [one for one in by_capacity.values() if one[0][key] is not None]
             if name != "dense" and found:
                 xs = [statistics.mean(at[key] for at in one) for one in found]
                 ys = [statistics.mean(at["accuracy"] for at in one) for one in found]
                 bars = [statistics.pstdev(at["accuracy"] for at in one) for one in found]
-                axis.errorbar(xs, ys, bars, marker="o", capsize=3, label=name, alpha=0.8)
+                axis.errorbar(xs, ys, bars, marker="o", capsize=3, label=name, alpha=0.8, color=f"C{k}")
         axis.set(xlabel=label, ylabel="accuracy on the test split (%)")
         axis.axhline(100, color="grey", linewidth=0.5)
     axes[0].legend()
