@@ -81,7 +81,7 @@ class Router(nn.Module):
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
-        self.logit = self.gate = self.counted = None  # (B, U) of the last forward; counted: not padding
+        self.logit = self.gate = self.real = None  # (B, U) of the last forward; real: not padding, if (B, T)
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
         """Logits (B, U), from x (B, T, D) after layer norm and voters (B, T) bool.
@@ -101,19 +101,25 @@ class Router(nn.Module):
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
         """Gates (B, U), from the normalised input x (B, T, D): of new sequences, or of these tokens."""
-        counted = call.real(x) if self.is_token else torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+        real = call.real(x) if self.is_token else None
+        shape = (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
         if self.fixed is None:
             logit = self(x, None if self.is_token else call.votes(x))
-            threshold = self.config.threshold if self.drawn is None else self.drawn[:, : counted.shape[1]]
+            threshold = self.config.threshold if self.drawn is None else self.drawn[:, : shape[1]]
             gate = straight_through(logit.sigmoid(), threshold)
         else:
             logit, gate = None, torch.as_tensor(self.fixed, device=x.device).float()
             gate = gate if gate.ndim == 2 else gate.reshape(-1, 1)
-            if any(n not in (1, m) for n, m in zip(gate.shape, counted.shape)):
-                raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {(*counted.shape,)}")
-        gate = gate * counted  # padding is skipped; (B, U)
-        self.logit, self.gate, self.counted = logit, gate, counted  # for `last`; other threads may write here
+            if any(n not in (1, m) for n, m in zip(gate.shape, shape)):
+                raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
+        gate = gate.expand(shape) if real is None else gate * real  # padding is skipped
+        self.logit, self.gate, self.real = logit, gate, real  # for `last`; other threads may write here
         return gate
+
+    @property
+    def counted(self) -> Tensor | None:
+        """(B, U) bool: gates of the last forward that aren't padding's."""
+        return self.real if self.real is not None or self.gate is None else self.gate >= 0
 
     def _apply(self, fn, recurse=True):
         exact = self.weight.data
@@ -122,7 +128,7 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"logit": None, "gate": None, "counted": None}  # a graph can't be copied
+        return self.__dict__ | {"logit": None, "gate": None, "real": None}  # a graph can't be copied
 
 
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
@@ -229,7 +235,7 @@ class _Gated:
             x = self.normalise(hidden) if router.fixed is None else None
             memory.gate = router.decide(hidden if x is None else self.seen(x), call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
-            memory.count, memory.counted = len(memory.rows), memory.gate >= 0  # all
+            memory.count = len(memory.rows)
             # What closed attention gives; one row will do where it is only added to the residual stream.
             memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden[:1, :1])
         elif router.fixed is not None and router.fixed is not memory.fixed:
@@ -238,7 +244,7 @@ class _Gated:
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
             # Not by assignment: at every token and layer, what nn.Module does then would show.
-            vars(router).update(gate=memory.gate, logit=None, counted=memory.counted)
+            vars(router).update(gate=memory.gate, logit=None)
         rows, count = memory.rows, memory.count
         if count == hidden.shape[0]:
             return super().__call__(self.normalise(hidden) if x is None else x, **kwargs)
@@ -515,7 +521,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
 class _RowCacheLayer(_RoutedCacheLayer):
     """The decision of each row; keys and values of the kept rows only, but of all where an MLP is gated."""
 
-    gate = counted = rows = count = None  # (B, 1), None before routing; indices of the open rows; how many
+    gate = rows = count = None  # (B, 1), None before routing; indices of the open rows; how many
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
     has_all_keys = False
 
@@ -545,7 +551,7 @@ class _RowCacheLayer(_RoutedCacheLayer):
             return
         index = index.to(self.gate.device)
         place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
-        self.gate, self.counted = self.gate[index], self.counted[index]
+        self.gate = self.gate[index]
         self.rows = self.gate.flatten().nonzero()[:, 0]
         self.count = len(self.rows)
         if self.is_initialized:
