@@ -361,8 +361,8 @@ class Watch(TorchDispatchMode):
 
 
 def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, dict, int]:
-    """After prefill and decoding: the cache, {layer: share of the prompts' gates that were open}, and the most
-    memory that was allocated, beyond the weights."""
+    """After prefill and decoding: the cache, {layer: share of the prompts' gates that were open}, and the
+    most memory that was allocated, beyond the weights."""
     on_gpu = model.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:

@@ -200,7 +200,7 @@ class _Gated:
     # Its name in a decoder layer, and how the layer's code uses it: what stands in has as many values.
     child, use = "mlp", r"\n *\w+ = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
-    has_keys = False  # whether what is skipped leaves no key and no value in the KV cache
+    skips_keys = False  # what is skipped leaves no key and no value in the KV cache
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
@@ -210,7 +210,7 @@ class _Gated:
         if router.training:
             return self.call_and_multiply(hidden, kwargs, call)
         cache, memory = kwargs.get("past_key_values", call.given.get("past_key_values")), None
-        if cache is not None and (self.has_keys or not router.is_token):
+        if cache is not None and (self.skips_keys or not router.is_token):
             memory = _routed_cache_layer(cache, router, hidden.shape[1])
         call_on = self.call_on_tokens if router.is_token else self.call_on_rows
         return call_on(hidden, kwargs, call, memory)
@@ -218,8 +218,8 @@ class _Gated:
     def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor | tuple:
         """Everything is computed, so that closed gates get a gradient."""
         x, tokens = self.normalise(hidden), hidden.shape[1]
-        gate = self.router.decide(self.seen(x), call)  # (B, U)
-        if self.router.is_token and self.has_keys:
+        gate = self.router.decide(self.router_input(x), call)  # (B, U)
+        if self.router.is_token and self.skips_keys:
             places = torch.arange(tokens, device=x.device)[None]
             is_there = (gate.detach() > 0)[:, None] | torch.eye(tokens, device=x.device).bool()  # or itself
             mask = token_mask(kwargs.get("attention_mask"), places, places, is_there, tokens)
@@ -233,7 +233,7 @@ class _Gated:
         router, x, memory = self.router, None, memory or SimpleNamespace(gate=None)
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden) if router.fixed is None else None
-            memory.gate = router.decide(hidden if x is None else self.seen(x), call).detach()
+            memory.gate = router.decide(hidden if x is None else self.router_input(x), call).detach()
             memory.rows = memory.gate.flatten().nonzero()[:, 0]
             memory.count = len(memory.rows)
             # What closed attention gives; one row will do where it is only added to the residual stream.
@@ -259,7 +259,7 @@ class _Gated:
     def call_on_tokens(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
         """Only tokens whose gate is open are computed. Rows that keep fewer have void columns before them."""
         x, (batch, tokens) = self.normalise(hidden), hidden.shape[:2]
-        is_open = self.router.decide(self.seen(x), call).detach() > 0  # (B, T)
+        is_open = self.router.decide(self.router_input(x), call).detach() > 0  # (B, T)
         rows = is_open.any(1).nonzero()[:, 0]  # a row that keeps nothing is left out
         if len(rows) == 0:
             return self.result(self.nothing(hidden), [None])
@@ -270,7 +270,7 @@ class _Gated:
         index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (kept rows, columns)
         is_kept, mask = is_open.gather(1, index), kwargs.pop("attention_mask", None)
         added = {}
-        if self.has_keys:
+        if self.skips_keys:
             added["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory, rows, batch)
         if columns < tokens or not is_kept.all():
             kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
@@ -300,7 +300,7 @@ class _Gated:
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
 
-    def seen(self, x: Tensor) -> Tensor:
+    def router_input(self, x: Tensor) -> Tensor:
         """What the router sees of a module's input."""
         return x
 
@@ -314,7 +314,7 @@ class _Gated:
 
 class _GatedAttention(_Gated):
     child, use = "self_attn", r"\n *\w+, \w+ = self\.self_attn\("
-    has_keys = True
+    skips_keys = True
 
     def result(self, output: Tensor, more: list) -> tuple:
         return output, *more  # and the attention weights
@@ -322,9 +322,9 @@ class _GatedAttention(_Gated):
 
 class _GatedBlock(_Gated):
     child, use = None, r"return \w+\s*$"
-    has_keys = True
+    skips_keys = True
 
-    def seen(self, x: Tensor) -> Tensor:
+    def router_input(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x.float(), x.shape[-1:])  # the residual stream isn't normalised
 
     def nothing(self, hidden: Tensor) -> Tensor:
@@ -474,9 +474,10 @@ def _current(module: nn.Module) -> Call:
     """The call that this module runs in. ValueError if there is none, or it would train wrongly."""
     if (call := _CALL.get()) is None:
         raise ValueError("a routed layer was called by itself: call the model, or its decoder")
-    checkpointed = getattr(module, "_gradient_checkpointing_func", None)
-    if module.training and getattr(checkpointed, "keywords", {}).get("use_reentrant"):
-        raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
+    if module.training:
+        checkpointed = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(checkpointed, "keywords", {}).get("use_reentrant"):
+            raise ValueError("reentrant checkpointing loses the gates' gradient: set use_reentrant=False")
     return call
 
 
@@ -634,7 +635,7 @@ def gated_module(layer: nn.Module, granularity: str) -> nn.Module | None:
 
 
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
-    """Gate the attention of `config.layers`, in place. Zero routers: the model computes what it did before.
+    """Gate what `config.granularity` names, in `config.layers`, in place. Zero routers: all gates are open.
 
     ValueError if the model has routers, or these layers cannot be routed. The model is then left as it was.
     """

@@ -363,6 +363,7 @@ EVALUATE = {
     "no prompt": (["--prompt-length", "0"], nothing, "--prompt-length: 0: must be"),
     "no micro-batch": (["--micro-batch-size", "0"], nothing, "--micro-batch-size: 0: must be"),
     "a budget above 1": (["--capacity", "0.5,2"], nothing, "--capacity: 0.5,2: must be between 0 and 1"),
+    "nothing to explain": (["--explain", ""], nothing, "--explain: an empty prompt"),
     "two runs at a time": (["--capacity", "0.5", "--explain", "a"], nothing, "['explain', 'capacity'] are different"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
     "no such calibration split": (["--calibration-split", "dev"], nothing, "--calibration-split dev: Unknown split"),

@@ -14,6 +14,7 @@ import tune
 from mindskip import (
     GRANULARITIES,
     MindSkipConfig,
+    _routed_cache_layer,
     add_mindskip,
     fix_gates,
     keep_ratio,
@@ -407,6 +408,12 @@ def test_what_a_skipped_block_cannot_give_is_refused():
     with pytest.raises(ValueError, match="output_hidden_states: a skipped block gives none"):
         model(ids, output_hidden_states=True)
     assert len(model.train()(ids, output_hidden_states=True, use_cache=False).hidden_states) == 7
+    with pytest.raises(ValueError, match="output_router_logits: a skipped block gives none"):
+        build_gated("block-token", "mixtral")(ids, output_router_logits=True)
+    offloaded = transformers.DynamicCache(config=model.config)
+    offloaded.offloading = True
+    with pytest.raises(ValueError, match="routing needs a new DynamicCache"):
+        _routed_cache_layer(offloaded, routers(model)[0], 20)  # the model itself would need CUDA's streams
     cache = model.eval()(ids).past_key_values
     with pytest.raises(ValueError, match="routing needs a new DynamicCache"):  # of another granularity
         model(ids[:, :1], past_key_values=build_gated("block-sequence")(ids).past_key_values)
