@@ -79,7 +79,7 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
             raise FloatingPointError(f"the loss of examples {bad[:5]} is not finite; try --dtype float32")
         share = last(model, "gate").detach()  # (layers, B)
         if share.ndim == 3:  # (layers, B, T): of a row's tokens
-            share = share.sum(2) / last(model, "counted").sum(2)
+            share = share.nanmean(2)
         parts.append((correct.cpu(), nats.cpu(), share.T.cpu()))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
@@ -343,21 +343,20 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.peak_bytes, self.given, self.made = 0, 0, {}, {}
+        self.operations, self.peak_bytes, self.made = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        self._note(self.given, (args, kwargs))  # weights and inputs
         output = function(*args, **(kwargs or {}))
-        self.made = {key: at for key, at in self.made.items() if not at[0].expired()}
-        self._note(self.made, output)
+        given, made = (  # storages by their addresses; some outputs are views of inputs
+            {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)}
+            for tree in ((args, kwargs), output)
+        )
+        self.made = {at: one for at, one in self.made.items() if not one[0].expired()}
+        for at in made.keys() - given.keys() - self.made.keys():
+            self.made[at] = StorageWeakRef(made[at]), made[at].nbytes()
+        self.operations += 1
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
         return output
-
-    def _note(self, where: dict, tree) -> None:
-        for storage in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)):
-            if storage._cdata not in self.given and storage._cdata not in self.made:
-                where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # keeps the address taken
 
 
 def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, dict, int]:
@@ -369,7 +368,7 @@ def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCa
         torch.cuda.reset_peak_memory_stats()
     with nullcontext() if on_gpu else Watch() as watch:
         cache, token = prefill(model, prompts)
-        kept = {r.layer: (r.gate.sum() / r.counted.sum()).item() for r in mindskip.routers(model)}
+        kept = {r.layer: r.gate.nanmean().item() for r in mindskip.routers(model)}
         decode(model, cache, token, new_tokens)
     return cache, kept, torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
 

@@ -79,47 +79,44 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
+        self.is_token = config.granularity.endswith("token")
         self.drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
         self.fixed = None  # gates that fix_gates has set; None: the router decides
-        self.logit = self.gate = self.real = None  # (B, U) of the last forward; real: not padding, if (B, T)
+        self.logit = self.gate = None  # (B, U) of the last forward; NaN where a token is padding
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
         """Logits (B, U), from x (B, T, D) after layer norm and voters (B, T) bool.
 
         In float32 whatever the model's dtype: bfloat16 would round a logit of -0.003 to a score of 0.5: open.
+        Sums of products, not matrix products: autocast would round those.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if not self.is_token:
-                share = voters / voters.sum(1, keepdim=True)  # (B, T)
-                x = share[:, None] @ x  # (B, 1, D)
-            return x @ self.weight
-
-    @property
-    def is_token(self) -> bool:
-        return self.config.granularity.endswith("token")
+        x = x.float()
+        if not self.is_token:
+            share = voters / voters.sum(1, keepdim=True)  # (B, T)
+            x = (share[..., None] * x).sum(1, keepdim=True)  # (B, 1, D)
+        return (x * self.weight).sum(-1)
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
         """Gates (B, U), from the normalised input x (B, T, D): of new sequences, or of these tokens."""
-        real = call.real(x) if self.is_token else None
-        shape = (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
+        logit, shape = None, (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
         if self.fixed is None:
             logit = self(x, None if self.is_token else call.votes(x))
             threshold = self.config.threshold if self.drawn is None else self.drawn[:, : shape[1]]
             gate = straight_through(logit.sigmoid(), threshold)
         else:
-            logit, gate = None, torch.as_tensor(self.fixed, device=x.device).float()
+            gate = torch.as_tensor(self.fixed, device=x.device).float()
             gate = gate if gate.ndim == 2 else gate.reshape(-1, 1)
             if any(n not in (1, m) for n, m in zip(gate.shape, shape)):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
-        gate = gate.expand(shape) if real is None else gate * real  # padding is skipped
-        self.logit, self.gate, self.real = logit, gate, real  # for `last`; other threads may write here
+            gate = gate.expand(shape)
+        noted = [logit, gate]
+        if self.is_token:  # padding is skipped
+            padding = ~call.real(x)
+            noted = [None if one is None else one.masked_fill(padding, torch.nan) for one in noted]
+            gate = gate.masked_fill(padding, 0)
+        # Not by assignment: what nn.Module does then shows in short prompts.
+        vars(self).update(zip(("logit", "gate"), noted))  # for `last`; other threads may write here, too
         return gate
-
-    @property
-    def counted(self) -> Tensor | None:
-        """(B, U) bool: gates of the last forward that aren't padding's."""
-        return self.real if self.real is not None or self.gate is None else self.gate >= 0
 
     def _apply(self, fn, recurse=True):
         exact = self.weight.data
@@ -128,7 +125,7 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"logit": None, "gate": None, "real": None}  # a graph can't be copied
+        return self.__dict__ | {"logit": None, "gate": None}  # a graph can't be copied
 
 
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
@@ -139,7 +136,7 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
     """
     if not 0 <= capacity <= 1:
         raise ValueError(f"capacity must be a fraction in [0, 1], got {capacity}")
-    mean = last(model, "gate").sum() / last(model, "counted").sum()
+    mean = last(model, "gate").nanmean()
     if keep is not None:
         mean = keep + (mean - mean.detach())
     return torch.relu(mean - capacity)
@@ -147,13 +144,13 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
 
 def keep_ratio(model: nn.Module) -> float:
     """The fraction of gates, over routed layers and rows or tokens, that were open in the last forward."""
-    return (last(model, "gate").sum() / last(model, "counted").sum()).item()
+    return last(model, "gate").nanmean().item()
 
 
 def last(model: nn.Module, what: str) -> Tensor:
-    """Each "gate" of the last forward, or each "logit" from which a router decided, or what was "counted".
+    """Each "gate" of the last forward, or each "logit" from which a router decided: (routed layers, B).
 
-    (routed layers, B), or (routed layers, B, T) where each token has a gate; padding is closed, not counted.
+    (routed layers, B, T) where each token has a gate, with NaN for padding.
     """
     found = [one for one in (getattr(router, what) for router in routers(model)) if one is not None]
     if not found:
@@ -201,6 +198,7 @@ class _Gated:
     child, use = "mlp", r"\n *\w+ = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
+    outputs = ("output_router_logits",)  # that a model collects from such modules: skipped, they give none
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
@@ -234,16 +232,15 @@ class _Gated:
         if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
             x = self.normalise(hidden) if router.fixed is None else None
             memory.gate = router.decide(hidden if x is None else self.router_input(x), call).detach()
-            memory.rows = memory.gate.flatten().nonzero()[:, 0]
-            memory.count = len(memory.rows)
+            memory.rows = memory.gate.nonzero()[:, 0]
+            memory.count, memory.fixed = len(memory.rows), router.fixed
             # What closed attention gives; one row will do where it is only added to the residual stream.
-            memory.fixed, memory.nothing = router.fixed, torch.zeros_like(hidden[:1, :1])
+            memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
         elif call.voters is not None and call.voters.shape != hidden.shape[:2]:
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:
-            # Not by assignment: at every token and layer, what nn.Module does then would show.
             vars(router).update(gate=memory.gate, logit=None)
         rows, count = memory.rows, memory.count
         if count == hidden.shape[0]:
@@ -314,7 +311,7 @@ class _Gated:
 
 class _GatedAttention(_Gated):
     child, use = "self_attn", r"\n *\w+, \w+ = self\.self_attn\("
-    skips_keys = True
+    skips_keys, outputs = True, ("output_attentions",)
 
     def result(self, output: Tensor, more: list) -> tuple:
         return output, *more  # and the attention weights
@@ -322,7 +319,7 @@ class _GatedAttention(_Gated):
 
 class _GatedBlock(_Gated):
     child, use = None, r"return \w+\s*$"
-    skips_keys = True
+    skips_keys, outputs = True, ("output_attentions", "output_router_logits", "output_hidden_states")
 
     def router_input(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x.float(), x.shape[-1:])  # the residual stream isn't normalised
@@ -425,21 +422,14 @@ class Call(NamedTuple):
         return context.run(function, *args, **kwargs)
 
 
-# What a model collects from modules that are called, by what may be skipped. In training all are.
-_LOST = {"output_hidden_states": ("block",), "output_router_logits": ("mlp", "block")}
-
-
 class _CallingModel:
     """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
-        if kwargs.get("output_attentions", self.config.output_attentions) and not self.training:
-            raise ValueError("output_attentions: attention that is skipped has no weights")
-        for name, kinds in _LOST.items():
-            if kwargs.get(name, getattr(self.config, name, False)) and not self.training:
-                if (kind := routers(self)[0].config.granularity.split("-")[0]) in kinds:
-                    raise ValueError(f"{name}: a skipped {kind} gives none")
+        for name in () if self.training else self.skipped_outputs:
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name}: what a gate skips gives none")
         if self.training and (cache := kwargs.get("past_key_values")) and cache.get_seq_length() > 0:
             raise ValueError("training mode cannot continue a KV cache: call model.eval()")
         if voters is None and (labels := kwargs.get("labels")) is not None:
@@ -553,7 +543,7 @@ class _RowCacheLayer(_RoutedCacheLayer):
         index = index.to(self.gate.device)
         place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
         self.gate = self.gate[index]
-        self.rows = self.gate.flatten().nonzero()[:, 0]
+        self.rows = self.gate.nonzero()[:, 0]
         self.count = len(self.rows)
         if self.is_initialized:
             super().reorder_cache(index if self.has_all_keys else place[self.rows])
@@ -669,6 +659,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
             _mix_in({layer: _RoutedLayer})
         _mix_in({sublayer: _GATED[what]} | dict.fromkeys(norm, _DeferredNorm))
     _mix_in({model: _CallingModel, decoder: _CallingModel})
+    model.skipped_outputs = decoder.skipped_outputs = _GATED[what].outputs
     return model
 
 
@@ -679,7 +670,9 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
         sublayer = next(one for one in layer.modules() if isinstance(one, _Gated))
         _mix_in(dict.fromkeys({layer, sublayer, *sublayer.own_norm}))
         del sublayer.router, sublayer.own_norm
-    _mix_in({one: None for one in {model, decoder} if isinstance(one, _CallingModel)})
+    for one in [one for one in {model, decoder} if isinstance(one, _CallingModel)]:
+        _mix_in({one: None})
+        del one.skipped_outputs
     return model
 
 

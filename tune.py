@@ -116,20 +116,20 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
                 router.drawn = drawn.to(router.weight.device) if draws > 1 else None
             nats, _ = score(model, [batch[i] for i in part] * draws)
             nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)  # (rows,): shares of a mean
-            logits, gates, counted = (last(model, what) for what in ("logit", "gate", "counted"))
+            logits, gates = last(model, "logit"), last(model, "gate")
             loss = nats.sum()
             if draws > 1:
                 log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
-                log_p = (log_p * counted).transpose(0, 1).flatten(1).sum(1).view(draws, -1)  # (draws, rows)
+                log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, rows)
                 drawn_nats = nats.detach().view(draws, -1)
                 loss = ((drawn_nats - drawn_nats.mean(0)) / (draws - 1) * log_p).sum()
                 loss += nats.sum() / draws if others else 0
-            share = counted.sum().item() / count  # of the gates of this step
+            share = gates.isfinite().sum().item() / count  # of the gates of this step
             loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
-            loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits[counted].square().mean()
+            loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits.square().nanmean()
             loss.backward()
             task_loss += nats.detach().sum() / draws
-            opened += gates.detach().sum()
+            opened += gates.detach().nansum()
         for parameter in others:  # without one where every gate above was closed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
@@ -181,9 +181,9 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
             mindskip.decoder_of(model)(
                 batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             )
-            counted = last(model, "counted")
-            scores.append(torch.sigmoid(last(model, "logit")[counted]))
-            gates.append(last(model, "gate")[counted])
+            logits, is_padding = last(model, "logit"), last(model, "gate").isnan()
+            scores.append(logits[~is_padding].sigmoid())
+            gates.append(last(model, "gate")[~is_padding])
         if done < passes:  # the last pass only measures
             ordered = torch.cat(scores).sort(descending=True).values
             count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
