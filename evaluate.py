@@ -17,7 +17,7 @@ anything that routing is *dynamic*:
                         similarity of a sublayer's input and output (LLM-Drop, arXiv 2406.15786)
     static, router      the layers that this very router closes most often on training data
     static, best        the best of all subsets of that size, chosen on the test split, in its favour
-    random              each gate open with the probability of mindskip's keep ratio
+    random              each gate (a sequence's, or a token's) open with the probability mindskip's keep ratio
     removed             the limit of a row's time: attention and its norm cut out, by the same decisions
     multiply            attention computed, then multiplied by mindskip's gates: the control for time
 
@@ -67,11 +67,13 @@ SUBSETS = 256  # more static subsets are not searched: each is scored on the who
 
 @torch.no_grad()
 def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -> dict[str, torch.Tensor]:
-    """{correct (N,), nats (N,), gates (N, layers)} under gates {layer: bool, or (N,) bool}."""
+    """{correct (N,), nats (N,), gates (N, layers)} under gates {layer: bool, or (N,) or (N, T) bool}."""
     parts, order = [], sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))  # less padding
     for start in tqdm(range(0, len(order), batch_size), "scoring", leave=False, disable=None):
         index = order[start : start + batch_size]
-        some = {layer: gate if isinstance(gate, bool) else gate[index] for layer, gate in gates.items()}
+        longest = len(examples[index[0]]["ids"]) - 1  # nothing is predicted from the last token
+        of_rows = {i: gate.view(len(order), -1) for i, gate in gates.items() if not isinstance(gate, bool)}
+        some = gates | {i: gate[index, :longest] for i, gate in of_rows.items()}
         with fix_gates(model, some):
             nats, correct = score(model, [examples[i] for i in index])
         if not nats.isfinite().all():
@@ -190,7 +192,8 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     if is_searched:
         chosen["best"] = max(static, key=lambda closed: static[closed]["average"])
     generator = torch.Generator().manual_seed(args.seed)
-    drawn = {i: torch.rand(len(test), generator=generator) < keep for i in layers}
+    units = max(len(one["ids"]) for one in test) if granularity.endswith("token") else 1
+    drawn = {i: torch.rand(len(test), units, generator=generator) < keep for i in layers}
     rows = {"dense": summarize(dense, dense, test, len(layers))}
     rows["mindskip"] = summarize(routed, dense, test, len(layers))
     rows |= {f"static, {name}": static[closed] for name, closed in chosen.items()}

@@ -110,7 +110,7 @@ class Router(nn.Module):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
             gate = gate.expand(shape)
         noted = [logit, gate]
-        if self.is_token:  # padding is skipped
+        if self.is_token and call.given.get("attention_mask") is not None:  # padding is skipped
             padding = ~call.real(x)
             noted = [None if one is None else one.masked_fill(padding, torch.nan) for one in noted]
             gate = gate.masked_fill(padding, 0)
@@ -194,8 +194,8 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 class _Gated:
     """Mixed into an MLP: three ways to call it. Attention and blocks differ a little (below)."""
 
-    # Its name in a decoder layer, and how the layer's code uses it: what stands in has as many values.
-    child, use = "mlp", r"\n *\w+ = self\.mlp\("
+    # Its name in a decoder layer, and how the layer's code calls it: for as many values as `result` gives.
+    child, call = "mlp", r"\n *{} = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
     outputs = ("output_router_logits",)  # that a model collects from such modules: skipped, they give none
@@ -234,7 +234,7 @@ class _Gated:
             memory.gate = router.decide(hidden if x is None else self.router_input(x), call).detach()
             memory.rows = memory.gate.nonzero()[:, 0]
             memory.count, memory.fixed = len(memory.rows), router.fixed
-            # What closed attention gives; one row will do where it is only added to the residual stream.
+            # What a closed gate gives; one row will do where it is only added to the residual stream.
             memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
@@ -256,7 +256,7 @@ class _Gated:
     def call_on_tokens(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
         """Only tokens whose gate is open are computed. Rows that keep fewer have void columns before them."""
         x, (batch, tokens) = self.normalise(hidden), hidden.shape[:2]
-        is_open = self.router.decide(self.router_input(x), call).detach() > 0  # (B, T)
+        is_open = self.router.decide(self.router_input(x), call) > 0  # (B, T)
         rows = is_open.any(1).nonzero()[:, 0]  # a row that keeps nothing is left out
         if len(rows) == 0:
             return self.result(self.nothing(hidden), [None])
@@ -310,7 +310,7 @@ class _Gated:
 
 
 class _GatedAttention(_Gated):
-    child, use = "self_attn", r"\n *\w+, \w+ = self\.self_attn\("
+    child, call = "self_attn", r"\n *{}, \w+ = self\.self_attn\("
     skips_keys, outputs = True, ("output_attentions",)
 
     def result(self, output: Tensor, more: list) -> tuple:
@@ -318,7 +318,7 @@ class _GatedAttention(_Gated):
 
 
 class _GatedBlock(_Gated):
-    child, use = None, r"return \w+\s*$"
+    child, call = None, r"return {}\s*$"
     skips_keys, outputs = True, ("output_attentions", "output_router_logits", "output_hidden_states")
 
     def router_input(self, x: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def _as_tuple(output: Tensor | tuple) -> tuple:
 
 
 class _DeferredNorm:
-    """Mixed into the norm that serves a gated attention alone: it does nothing until the gate asks."""
+    """Mixed into the norm that serves a gated module alone: it does nothing until the gate asks."""
 
     def __call__(self, x: Tensor, asked: bool = False) -> Tensor:
         return super().__call__(x) if asked else x
@@ -646,13 +646,12 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     for i in config.layers:
         layer = decoder.layers[i]
         sublayer = gated_module(layer, config.granularity)
-        is_used = re.search(_GATED[what].use, inspect.getsource(type(layer).forward))
-        if sublayer is None or hasattr(sublayer, "router") or not is_used:
+        is_called = re.search(_GATED[what].call.format(r"\w+"), inspect.getsource(type(layer).forward))
+        if sublayer is None or hasattr(sublayer, "router") or not is_called:
             raise ValueError(f"layer {i} ({type(layer).__name__}) has no {what} that can be left out")
         router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
-        norm = _norm_of_attention_alone(layer) if what == "attention" else ()
-        new.append((layer, sublayer, router, norm))
+        new.append((layer, sublayer, router, _norm_before(layer, _GATED[what].call)))
     for layer, sublayer, router, norm in new:
         sublayer.router, sublayer.own_norm = router, norm
         if layer is not sublayer:
@@ -690,16 +689,15 @@ def _mix_in(mixins: dict[object, type | None]) -> None:
 _mixed = cache(lambda mixin, old: type(old.__name__, (mixin, old), {"__module__": old.__module__}))
 
 
-def _norm_of_attention_alone(layer: nn.Module) -> tuple[nn.Module, ...]:
-    """The layer norm whose result goes to attention and nowhere else, or ().
+def _norm_before(layer: nn.Module, call: str) -> tuple[nn.Module, ...]:
+    """The layer norm whose result goes to attention, or the MLP, and nowhere else, or ().
 
-    Names of norms don't tell. But most layers begin with the three lines below, in which attention's result
-    takes the place of the norm's. Where the code reads otherwise (norm after attention, or shared with the
-    MLP) the norm stays where it is, which is right, and only takes its time.
+    Names of norms don't tell. But most layers have these three lines, the last of them `call`, in which
+    attention's result takes the place of the norm's. Where the code reads otherwise (norm after attention, or
+    shared with the MLP) the norm stays where it is, which is right, and only takes its time.
     """
-    lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)\s+(#.*\s+)*"
-    lines += r"hidden_states, \w+ = self\.self_attn\("
-    found = re.search(lines, inspect.getsource(type(layer).forward))
+    lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(\s*#.*)*\s*"
+    found = re.search(lines + call.format("hidden_states"), inspect.getsource(type(layer).forward))
     return (getattr(layer, found[1]),) if found else ()
 
 

@@ -163,7 +163,7 @@ def test_open_gates_reproduce_the_base_model_bit_for_bit(granularity, family):
 def test_closed_gates_call_nothing_and_cache_nothing(granularity, monkeypatch):
     model, calls = build_gated(granularity), []
     what = granularity.split("-")[0]
-    for name in ("self_attn", "mlp"):
+    for name in ("self_attn", "mlp", "input_layernorm"):  # all norms are of one class
         kind = type(getattr(model.model.layers[0], name))
 
         def counted(self, *args, original=kind.forward, name=name, **kwargs):
@@ -177,6 +177,9 @@ def test_closed_gates_call_nothing_and_cache_nothing(granularity, monkeypatch):
     assert keep_ratio(model) == 0.0
     assert calls.count("self_attn") == 2 * (6 if what == "mlp" else 3)
     assert calls.count("mlp") == 2 * (6 if what == "attention" else 3)
+    # A router of tokens sees each token after the norm. Otherwise the norm of what is skipped is skipped, too.
+    norms = {"attention-token": 13, "mlp-token": 13, "attention-sequence": 10, "mlp-sequence": 10}
+    assert calls.count("input_layernorm") == 2 * norms.get(granularity, 7)
     assert [layer.is_initialized for layer in cache.layers] == [
         i not in ROUTED or what == "mlp" for i in range(6)
     ]
@@ -430,3 +433,17 @@ def test_kept_tokens_of_the_prompt_are_counted_not_those_of_decoding():
     model(ids)
     assert found == {i: pytest.approx(gate.float().mean().item()) for i, gate in decisions(model).items()}
     assert 0 < min(found.values()) < max(found.values()) < 1
+
+
+@torch.no_grad()
+def test_gates_drawn_for_each_token_are_those_of_its_row():
+    """The row `random`, in batches of other rows, and alone."""
+    model, some = build_gated("attention-token"), examples()
+    longest = max(len(one["ids"]) for one in some)
+    drawn = {i: torch.rand(len(some), longest) < 0.5 for i in ROUTED}
+    found = evaluate.score_all(model, some, drawn, batch_size=3)
+    assert ((found["gates"] > 0) & (found["gates"] < 1)).float().mean() > 0.9
+    for k, one in enumerate(some):
+        alone = evaluate.score_all(model, [one], {i: gate[k : k + 1] for i, gate in drawn.items()})
+        torch.testing.assert_close(alone["nats"][0], found["nats"][k], **CLOSE)
+        torch.testing.assert_close(alone["gates"][0], found["gates"][k])
