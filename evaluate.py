@@ -18,8 +18,9 @@ anything that routing is *dynamic*:
     static, router      the layers that this very router closes most often on training data
     static, best        the best of all subsets of that size, chosen on the test split, in its favour
     random              each gate (a sequence's, or a token's) open with the probability mindskip's keep ratio
+    static              in the table of costs: the first layers closed, as many as mindskip skips
     removed             the limit of a row's time: attention and its norm cut out, by the same decisions
-    multiply            attention computed, then multiplied by mindskip's gates: the control for time
+    multiply            attention computed, then multiplied by the second row's gates: the control for time
 
 A column is a heading and a format of a row's results. Counted (FLOP) and measured (ms) differ:
 
@@ -57,8 +58,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import mindskip
 from mindskip import attention_layers, fix_gates, last, load_routers, remove_mindskip, take_rows
-from tune import CALIBRATION, Parser, calibrate, collate, command, default_layers, describe, from_pretrained
-from tune import load_examples, load_model, naming, number, place, score
+from tune import CALIBRATION, Parser, calibrate, collate, command, default_layers, describe, device_and_dtype
+from tune import from_pretrained, load_examples, load_model, naming, number, score
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
 
@@ -110,10 +111,10 @@ def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> d
 
 
 def attach(model, path, capacity: float | None = None, examples=()) -> tuple[tuple, dict[int, bool]]:
-    """Routers of `path`, and gates on all other layers but the first, which static rows may close.
+    """Put routers on every layer but the first: those of `path`, and zeros, so that any layer can be closed.
 
-    capacity: a budget for which the threshold is chosen again, on `examples`. Returns the routed layers, and
-    mindskip's row, which leaves the others open.
+    capacity: a budget for which the threshold is chosen again, on `examples`. Returns the layers of `path`,
+    and mindskip's row for `fix_gates`: {every other layer: True}.
     """
     weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
     if capacity is not None:
@@ -125,65 +126,58 @@ def attach(model, path, capacity: float | None = None, examples=()) -> tuple[tup
 
 
 @torch.no_grad()
-def most_redundant(
-    model, examples: list, count: int, batch_size: int, granularity: str = "attention-sequence"
-) -> tuple[int, ...]:
+def most_redundant(model, examples: list, count: int, batch_size: int) -> tuple[int, ...]:
     """`count` layers, never the first, to skip in: lowest mean 1 - cos(before, after) over prompts.
 
-    before, after: the residual stream, at what gates can skip. Source: arXiv 2406.15786, section 3.
+    before, after: the residual stream, at what the model's gates skip. Source: arXiv 2406.15786, section 3.
     """
+    found, totals = mindskip.routers(model), {}
+    granularity = found[0].config.granularity if found else mindskip.GRANULARITIES[0]
     model = remove_mindskip(copied(model))  # gates may put results into new tensors, which can't be followed
-    seen, totals = {}, {}
 
     def watch(i: int, layer) -> None:
-        sublayer = mindskip.gated_module(layer, granularity)
+        skipped, added = mindskip.gated_module(layer, granularity), None
 
-        def enter(_, args, kwargs):
-            seen[i] = args[0] if args else kwargs["hidden_states"], None
+        def follow(child, args, output):  # what is skipped, then a norm or dropout on its way to the stream
+            nonlocal added
+            if child is skipped or (args and args[0] is added):
+                added = output[0] if isinstance(output, tuple) else output
 
-        def add(child, args, output):  # then a norm or dropout on its way to the residual stream
-            if child is sublayer or (args and args[0] is seen[i][1]):
-                seen[i] = seen[i][0], output[0] if isinstance(output, tuple) else output
+        def compare(_, args, kwargs, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if granularity.startswith("attention"):  # it comes first in a layer
+                after = before + added
+            elif granularity.startswith("mlp"):  # it comes last
+                before = after - added
+            change = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
+            totals[i] = totals.get(i, 0.0) + change[batch["voters"].to(change.device)].sum().item()
 
-        def leave(_, args, output):
-            (x, added), y = seen[i], output[0] if isinstance(output, tuple) else output
-            if sublayer is layer:
-                seen[i] = x, y
-            else:  # attention comes first in a layer, an MLP last
-                seen[i] = (y - added, y) if granularity.startswith("mlp") else (x, x + added)
-
-        layer.register_forward_pre_hook(enter, with_kwargs=True)
         for child in layer.children():
-            child.register_forward_hook(add)
-        layer.register_forward_hook(leave)
+            child.register_forward_hook(follow)
+        layer.register_forward_hook(compare, with_kwargs=True)
 
     for i in attention_layers(model)[1:]:
         watch(i, mindskip.decoder_of(model).layers[i])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], model.device)
-        mindskip.decoder_of(model)(
-            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
-        for i, (before, after) in seen.items():
-            cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            totals[i] = totals.get(i, 0.0) + (1 - cosine)[batch["voters"].to(before.device)].sum().item()
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        mindskip.decoder_of(model)(ids, attention_mask=mask, use_cache=False)
     return tuple(sorted(sorted(totals, key=totals.get)[:count]))
 
 
-def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: list[dict], args):
+def compare_quality(model, layers: tuple, others: dict, train: list[dict], test: list[dict], args):
     """Every row on `test`; `train` chooses static layers. Returns (rows, static layers, mindskip's gates)."""
 
     def row(gates: dict) -> dict:
         return score_all(model, test, gates, args.micro_batch_size)
 
-    every = dict.fromkeys(sorted([*layers, *ours]), True)
-    dense, routed, places = row(every), row(ours), [list(every).index(i) for i in layers]
-    keep = routed["gates"][:, places].mean().item()
+    every = dict.fromkeys(sorted([*layers, *others]), True)
+    dense, routed, columns = row(every), row(others), [list(every).index(i) for i in layers]
+    keep = routed["gates"][:, columns].mean().item()
     skipped = round((1 - keep) * len(layers))
-    often_open = score_all(model, train, ours, args.micro_batch_size)["gates"][:, places].mean(0)
-    granularity = mindskip.routers(model)[0].config.granularity
-    redundant = most_redundant(model, train, skipped, args.micro_batch_size, granularity)
-    chosen = {"similarity": redundant}
+    often_open = score_all(model, train, others, args.micro_batch_size)["gates"][:, columns].mean(0)
+    chosen = {"similarity": most_redundant(model, train, skipped, args.micro_batch_size)}
     chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
     is_searched = math.comb(len(every), skipped) <= SUBSETS
     static = dict.fromkeys(itertools.combinations(every, skipped) if is_searched else chosen.values())
@@ -192,15 +186,15 @@ def compare_quality(model, layers: tuple, ours: dict, train: list[dict], test: l
     if is_searched:
         chosen["best"] = max(static, key=lambda closed: static[closed]["average"])
     generator = torch.Generator().manual_seed(args.seed)
-    units = max(len(one["ids"]) for one in test) if granularity.endswith("token") else 1
+    units = max(len(one["ids"]) for one in test) if mindskip.routers(model)[0].is_token else 1
     drawn = {i: torch.rand(len(test), units, generator=generator) < keep for i in layers}
     rows = {"dense": summarize(dense, dense, test, len(layers))}
     rows["mindskip"] = summarize(routed, dense, test, len(layers))
     rows |= {f"static, {name}": static[closed] for name, closed in chosen.items()}
-    rows["random"] = summarize(row(ours | drawn), dense, test, len(layers))
+    rows["random"] = summarize(row(others | drawn), dense, test, len(layers))
     for one in rows.values():
         one["to_dense"] = one["average"] - rows["dense"]["average"]
-    return rows, chosen, routed["gates"][:, places]
+    return rows, chosen, routed["gates"][:, columns]
 
 
 @torch.no_grad()
@@ -212,20 +206,20 @@ def explain(model, tokenizer, text: str, new_tokens: int) -> None:
     model(**prompt, use_cache=False)
     rows, tokens = {}, prompt["input_ids"][0].tolist()
     for router in mindskip.routers(model):
-        score, gate = router.logit[0].sigmoid(), router.gate[0] > 0  # (U,)
+        scores, gate = router.logit[0].sigmoid(), router.gate[0] > 0  # (U,)
         told = "open" if gate.all() else "closed"
         if router.is_token:  # its kept tokens; skipped ones are dots
             told = "".join(tokenizer.decode(token) if kept else "." for token, kept in zip(tokens, gate))
-        row = {"score": score.mean().item(), "threshold": router.config.threshold, "gate": told}
+        row = {"score": scores.mean().item(), "threshold": router.config.threshold, "gate": told}
         rows[f"layer {router.layer}"] = row
     columns = {"score": "{score:.3f}", "threshold": "{threshold:.3f}", "gate": "{gate}"}
     answer = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)[0, len(tokens) :]
     print(f"\n{table(text, rows, columns)}\nanswer: {tokenizer.decode(answer, skip_special_tokens=True)}")
 
 
-def show_quality(model, layers: tuple, ours: dict, train: list[dict], test: list[dict], args) -> dict:
+def show_quality(model, layers: tuple, others: dict, train: list[dict], test: list[dict], args) -> dict:
     """Compare quality, and print accuracy by row and keep ratio by task."""
-    quality, chosen, gates = compare_quality(model, layers, ours, train, test, args)
+    quality, chosen, gates = compare_quality(model, layers, others, train, test, args)
     tasks = {name: f"{{by_task[{k}]:.1f}}" for k, name in enumerate(quality["dense"]["accuracy"])}
     print("\n" + table("accuracy %", quality, tasks | QUALITY))
     print("static closes: " + ", ".join(f"{name} {list(closed)}" for name, closed in chosen.items()) + "\n")
@@ -240,9 +234,7 @@ def show_quality(model, layers: tuple, ours: dict, train: list[dict], test: list
 # ---- Cost
 
 
-def forward_flops(
-    model, tokens: int, visible: int, keep: dict, logits: int = 1, granularity: str = "attention-sequence"
-) -> float:
+def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention-sequence") -> float:
     """FLOPs of one row's forward pass; a multiply-add counts as 2.
 
     tokens: T, computed in this call. visible: S, keys that each may look at. keep: fraction of rows, or of
@@ -266,8 +258,8 @@ def forward_flops(
         if i in keep:
             total -= 2.0 * tokens * (1 - share) * size(mindskip.gated_module(layer, granularity))
         if getattr(layer, "self_attn", None) is not None:
-            scores = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, then weights . v
-            total += scores * (1 if what == "mlp" else share**2 if unit == "token" else share)
+            attention = 4.0 * tokens * visible * text.num_attention_heads * head_dim  # q . k, weights . v
+            total += attention * (1 if what == "mlp" else share**2 if unit == "token" else share)
     return total
 
 
@@ -314,30 +306,33 @@ def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: i
             times[name, "prefill"].append(sum(between - start for start, between, _ in clocks))
             times[name, "decode"].append(sum(end - between for _, between, end in clocks) / new_tokens)
     for (name, phase), mine in times.items():
-        dense, limit = times[names[0], phase], times.get((f"{name}, removed", phase))
-        median, ratios = statistics.median(mine), [base / value for base, value in zip(dense, mine)]
+        dense, median = times[names[0], phase], statistics.median(mine)
+        ratios, base = [one / other for one, other in zip(dense, mine)], statistics.median(dense)
         q1, speedup, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-        found = {"median": median, "speedup": speedup, "q1": q1, "q3": q3, "all": mine, "of_limit": math.nan}
-        if limit:
-            saved = statistics.median(dense) - statistics.median(limit)
-            if saved > 0.05 * statistics.median(dense):  # of less, no share can be told
-                found["of_limit"] = (statistics.median(dense) - median) / saved
+        saved = base - statistics.median(times.get((f"{name}, removed", phase), dense))
+        share = (base - median) / saved if saved > 0.05 * base else math.nan  # of less, no share can be told
+        found = {"median": median, "speedup": speedup, "q1": q1, "q3": q3, "all": mine, "of_limit": share}
         results[name][phase] = found
     return results
 
 
 def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
-    """KiB of keys and values after decoding, most MiB allocated, and the kept rows of each layer."""
-    found = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}
+    """KiB of keys and values after decoding, most MiB allocated beyond the weights, open gates by layer."""
+    found, on_gpu = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}, prompts[0].is_cuda
     for context, group in zip(contexts, prompts):
-        with context() as model:
-            cache, kept, peak = peak_bytes(model, group, new_tokens)
-            found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
-            held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
-            found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
-            for layer, share in kept.items():
-                share *= len(group) / sum(map(len, prompts))
-                found["kept"][layer] = found["kept"].get(layer, 0.0) + share
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        with context() as model, nullcontext() if on_gpu else Watch() as watch:
+            cache, token = prefill(model, group)
+            for router in mindskip.routers(model):  # now: where tokens have gates, decoding makes others
+                share = router.gate.nanmean().item() * len(group) / sum(map(len, prompts))
+                found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
+            decode(model, cache, token, new_tokens)
+        peak = torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
+        found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
+        held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
+        found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
     return found
 
 
@@ -360,20 +355,6 @@ class Watch(TorchDispatchMode):
         self.operations += 1
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
         return output
-
-
-def peak_bytes(model, prompts: torch.Tensor, new_tokens: int) -> tuple[DynamicCache, dict, int]:
-    """After prefill and decoding: the cache, {layer: share of the prompts' gates that were open}, and the
-    most memory that was allocated, beyond the weights."""
-    on_gpu = model.device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    with nullcontext() if on_gpu else Watch() as watch:
-        cache, token = prefill(model, prompts)
-        kept = {r.layer: r.gate.nanmean().item() for r in mindskip.routers(model)}
-        decode(model, cache, token, new_tokens)
-    return cache, kept, torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
@@ -445,21 +426,17 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
         found = removed(dense, closed)(groups[0], logits_to_keep=1).logits
         has_limit = torch.allclose(expected, found, rtol=0.01, atol=0.01 * expected.abs().max())
     rows, multiply = {"dense": [partial(nullcontext, dense)] * len(groups)}, []
-    for name, gates in ways.items():
-        row, limit = [], []
-        for k, group in enumerate(groups):
-            some = {i: gate[k * size :][:size] for i, gate in (gates or {}).items()}
-            row.append(partial(fix_gates, routed, some))
-            if granularity == "attention-sequence":
-                with row[k]():
-                    prefill(routed, group)
-                found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
-                limit.append(partial(nullcontext, removed(dense, found)))
-                if len(multiply) < len(groups):  # by the gates of the first way
-                    multiply.append(partial(nullcontext, multiplied(dense, found)))
-        rows[name] = row
-        if limit and has_limit and name != "static":
-            rows[f"{name}, removed"] = limit
+    for (name, gates), (k, group) in itertools.product(ways.items(), enumerate(groups)):
+        some = {i: gate[k * size :][:size] for i, gate in (gates or {}).items()}
+        rows.setdefault(name, []).append(partial(fix_gates, routed, some))
+        if granularity == "attention-sequence":
+            with fix_gates(routed, some):
+                prefill(routed, group)
+            found = {router.layer: router.gate.flatten() > 0 for router in mindskip.routers(routed)}
+            if has_limit and name != "static":
+                rows.setdefault(f"{name}, removed", []).append(partial(nullcontext, removed(dense, found)))
+            if len(multiply) < len(groups):  # by the gates of the first way
+                multiply.append(partial(nullcontext, multiplied(dense, found)))
     if multiply:
         rows["multiply"] = multiply
     cost, length = measure(rows, groups, args.new_tokens, args.repeats), prompts.shape[1]
@@ -475,7 +452,7 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
 
 def what_if(args) -> dict[str, dict]:
     """Cost of a model of random weights, made on its device: rows that agree, or don't, at --keep."""
-    device, dtype = place(args)
+    device, dtype = device_and_dtype(args)
     torch.manual_seed(args.seed)
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"trust_remote_code": args.trust_remote_code}
@@ -569,14 +546,13 @@ def run_tasks(model, tokenizer, gates: dict, routed: int, names: list[str], mana
     return {"tasks": results, "by_task": list(results.values()), "average": average, "keep": keep}
 
 
-def compare_tasks(model, tokenizer, layers, ours: dict, train: list[dict], names, manager, args) -> dict:
+def compare_tasks(model, tokenizer, layers, others: dict, train: list[dict], names, manager, args) -> dict:
     """Dense, MindSkip, and attention closed in as many layers, chosen by similarity on training data."""
-    every, rows = dict.fromkeys([*layers, *ours], True), {}
-    for name, gates in (("dense", every), ("mindskip", ours)):
+    every, rows = dict.fromkeys([*layers, *others], True), {}
+    for name, gates in (("dense", every), ("mindskip", others)):
         rows[name] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     count = round((1 - rows["mindskip"]["keep"]) * len(layers))
-    granularity = mindskip.routers(model)[0].config.granularity
-    closed = most_redundant(model, train, count, args.micro_batch_size, granularity)
+    closed = most_redundant(model, train, count, args.micro_batch_size)
     gates = every | dict.fromkeys(closed, False)
     rows["static"] = run_tasks(model, tokenizer, gates, len(layers), names, manager, args)
     return rows | {"static": rows["static"] | {"closed": closed}}
@@ -670,39 +646,25 @@ def parse_arguments(argv: list[str] | None = None):
     add("--calibration-split", default="train", help="split that chooses static layers")
     add("--micro-batch-size", type=number(int, 1), default=256, help="examples scored at a time")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the random gates")
-    add(
-        "--capacity",
-        type=number(float, 0, 1, many=True),
-        help="other budgets, as 0.25,0.5; costs are left out",
-    )
-    add(
-        "--explain",
-        metavar="TEXT",
-        help="only tell what routers decide for a prompt; -: one a line, from stdin",
-    )
     add("--plot", action="store_true", help="a figure, too; needs the extra `plot`")
+    add = parser.add_argument_group("another run instead").add_mutually_exclusive_group().add_argument
+    add("--capacity", type=number(float, 0, 1, many=True), help="only quality, at budgets as 0.25,0.5")
+    add("--explain", metavar="TEXT", help="what routers decide for a prompt; -: one a line, from stdin")
+    add("--what-if", action="store_true", help="only time --model, with random weights and gates")
+    add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq; needs the extra `tasks`")
     add = parser.add_argument_group("cost").add_argument
     add("--prompt-length", type=number(int, 1, many=True), default=(128, 512, 2048), help="of timed prompts")
     add("--new-tokens", type=number(int, 1), default=16, help="decode passes after each prompt")
     add("--batch-size", type=number(int, 1, many=True), default=(1, 8), help="timed prompts at a time")
     add("--repeats", type=number(int, 2), default=5, help="timed repeats of every row")
-    add("--what-if", action="store_true", help="only time --model, with random weights and gates")
     add("--keep", type=number(float, 0, 1), default=0.5, help="what-if: keep ratio")
     add("--granularity", choices=mindskip.GRANULARITIES, default=mindskip.GRANULARITIES[0], help="what-if")
     add("--layers", type=number(int, 1, many=True), help="what-if: routed layers, as 3,4; None: as tune.py")
-    add = parser.add_argument_group("standard benchmarks, instead; needs the extra `tasks`").add_argument
-    add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq")
+    add = parser.add_argument_group("tasks").add_argument
     add("--num-fewshot", type=number(int, 0, 1000), help=f"shots; None: {FEWSHOT}, else 0")
     add("--task-limit", type=number(int, 1), help="questions of each task; None: all")
     add("--include-path", help="folder with task definitions of your own")
     args = parser.parse_args(argv)
-    modes = [
-        name
-        for name in ("tasks", "what_if", "explain", "capacity")
-        if getattr(args, name) not in (None, False)
-    ]
-    if len(modes) > 1:
-        raise ValueError(f"{modes} are different runs: choose one of these flags")
     if not args.tasks and (args.tasks == "" or args.num_fewshot or args.task_limit or args.include_path):
         raise ValueError(f"--tasks {args.tasks}: name tasks, or leave out the flags that are for them")
     return args
@@ -741,7 +703,7 @@ def main(argv: list[str] | None = None) -> None:
     train = random.Random(args.seed).sample(train, min(CALIBRATION, len(train)))
     test, told = ([], f"{len(names)} tasks") if names else load_examples(args, "--split", tokenizer)
     model = load_model(args, train + test, 0 if names else max(args.prompt_length) + args.new_tokens)
-    layers, ours = attach(model, path)
+    layers, others = attach(model, path)
     beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
     folder = Path(args.output or beside)
     folder.mkdir(parents=True, exist_ok=True)
@@ -751,7 +713,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"UNFINISHED: these are the routers of step {step}, not calibrated; run tune.py --resume")
     results = {"config": vars(config), "arguments": vars(args)}
     if names:
-        rows = compare_tasks(model, tokenizer, layers, ours, train, names, manager, args)
+        rows = compare_tasks(model, tokenizer, layers, others, train, names, manager, args)
         write_json(results | {"tasks": rows}, folder / "tasks.json")
         columns = {}
         for k, (name, at) in enumerate(rows["dense"]["tasks"].items()):
@@ -761,11 +723,11 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"static closes {rows['static']['closed']}")
     if args.capacity:
         for capacity in args.capacity:
-            layers, ours = attach(model, path, capacity, train)
+            layers, others = attach(model, path, capacity, train)
             print(f"\ncapacity {capacity} | threshold {mindskip.routers(model)[0].config.threshold:.4f}")
-            results[f"capacity {capacity}"] = show_quality(model, layers, ours, train, test, args)
+            results[f"capacity {capacity}"] = show_quality(model, layers, others, train, test, args)
         return write_json(results, folder / "capacities.json")
-    results |= show_quality(model, layers, ours, train, test, args)
+    results |= show_quality(model, layers, others, train, test, args)
     dense, routed = copied(remove_mindskip(model)), load_routers(model, path)
     count, closed = max(args.batch_size), len(results["static_layers"]["similarity"])
     ways = {"mindskip": None, "static": {i: torch.full((count,), k >= closed) for k, i in enumerate(layers)}}

@@ -8,18 +8,19 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
     score       s, the sigmoid of the logit
     threshold   tau; the gate opens where score >= threshold
     gate        m, exactly 0.0 or 1.0; 1 runs attention
-    capacity    target fraction of open gates (a setting); keep ratio: measured fraction (a result)
+    capacity    target fraction of open gates, the budget (a setting); keep ratio: the measured one (a result)
     voters      tokens that the mean is taken over: those of the prompt, never padding, never an answer
     granularity what F is (attention, mlp, or block: a whole layer), and what shares a gate (sequence, token)
     shapes      B rows, T tokens in this call, S tokens visible through the KV cache, D hidden size,
                 U gates in a row: 1, or T where each token has its own
 
-In training mode all is computed and multiplied by its gate, so that closed gates get a gradient.
-In evaluation a closed gate calls nothing and caches nothing. Same gates, same output, in either mode.
+In evaluation mode a closed gate calls nothing and caches nothing. In training mode everything is computed and
+multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode. (The
+default estimator of tune.py runs in evaluation mode: it needs a gradient of the logits alone.)
 `add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
-x_t . w), a skipped token isn't there for others: no query, no key, no value, as in Mixture of Depths. So any
-family's attention can run on kept tokens alone. (The released code multiplies outputs: skipped keys stay.)
+x_t . w) on attention or blocks, a skipped token has no query, key or value in that layer, as in Mixture of
+Depths. So any family's attention can run on kept tokens alone. (The released code keeps skipped keys.)
 """
 
 import inspect
@@ -73,11 +74,11 @@ def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The router of one layer: what of it runs."""
+    """The linear router of one layer: it decides whether the gated part of the layer runs."""
 
     def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int, device=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # all scores 0.5: the dense model
+        self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # scores of 0.5: open, by default
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.is_token = config.granularity.endswith("token")
         self.drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
@@ -97,7 +98,7 @@ class Router(nn.Module):
         return (x * self.weight).sum(-1)
 
     def decide(self, x: Tensor, call: "Call") -> Tensor:
-        """Gates (B, U), from the normalised input x (B, T, D): of new sequences, or of these tokens."""
+        """Gates (B, U) for x (B, T, D): of new sequences, or of these tokens. Notes them for `last`."""
         logit, shape = None, (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
         if self.fixed is None:
             logit = self(x, None if self.is_token else call.votes(x))
@@ -114,8 +115,9 @@ class Router(nn.Module):
             padding = ~call.real(x)
             noted = [None if one is None else one.masked_fill(padding, torch.nan) for one in noted]
             gate = gate.masked_fill(padding, 0)
-        # Not by assignment: what nn.Module does then shows in short prompts.
-        vars(self).update(zip(("logit", "gate"), noted))  # for `last`; other threads may write here, too
+        # For `last`, with their graph: tune.py differentiates them. Written to __dict__, because nn.Module's
+        # assignment takes long enough to show in the time of short prompts.
+        vars(self).update(zip(("logit", "gate"), noted))
         return gate
 
     def _apply(self, fn, recurse=True):
@@ -131,8 +133,9 @@ class Router(nn.Module):
 def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) -> Tensor:
     """ReLU(mean gate - capacity), over all routed layers and rows of the last forward.  Eq. 9/10.
 
-    keep: the keep ratio to take as value, where that forward is only part of an optimiser step. Differs from
-    the released code, whose hinges, one for each layer, see means of 0 or 1 at micro-batch 1.
+    keep: what to take for the mean (tune.py: the keep ratio of the step before, so that a step can be
+    computed in parts); the gradient still goes to these gates. Differs from the released code, which has a
+    ReLU for each layer: at micro-batch 1 their means are 0 or 1.
     """
     if not 0 <= capacity <= 1:
         raise ValueError(f"capacity must be a fraction in [0, 1], got {capacity}")
@@ -189,16 +192,25 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
             router.fixed = fixed
 
 
-# ---- The gate. Classes named _... are mixed into the classes of modules that the model has (_mix_in).
-# A module so stays where it is, and every name as it is. They act in `__call__`, so that hooks run inside.
+# A layer norm's name doesn't tell what it serves. But in most layers the code does: the result of attention,
+# or of the MLP, replaces the norm's. Its name is captured then, and the norm waits for the gate. Elsewhere (a
+# norm after attention, or shared with the MLP) it stays as it is, which is right, and only takes its time.
+_OUTPUT = (
+    r"(?:residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(?:\s*#.*)*\s+hidden_states"
+)
+_OUTPUT += r"|\n *\w+)"
+
+
+# ---- The gate. Classes named _... are mixed into the classes of the model's modules (_mix_in): modules and
+# names stay, only the class changes. They replace `__call__`, so that hooks of what is skipped don't run.
 class _Gated:
     """Mixed into an MLP: three ways to call it. Attention and blocks differ a little (below)."""
 
-    # Its name in a decoder layer, and how the layer's code calls it: for as many values as `result` gives.
-    child, call = "mlp", r"\n *{} = self\.mlp\("
+    # Its name in a decoder layer, and how the layer's code calls it: it must take as many values as we give.
+    child, use = "mlp", _OUTPUT + r" = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
-    outputs = ("output_router_logits",)  # that a model collects from such modules: skipped, they give none
+    outputs = ("output_router_logits",)  # what a model collects from such modules; skipped ones give none
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
@@ -207,6 +219,7 @@ class _Gated:
         kwargs |= zip(_parameters(type(self).forward)[1:], others)
         if router.training:
             return self.call_and_multiply(hidden, kwargs, call)
+        # memory: the KV cache's layer, which keeps decisions for decoding; None without a cache.
         cache, memory = kwargs.get("past_key_values", call.given.get("past_key_values")), None
         if cache is not None and (self.skips_keys or not router.is_token):
             memory = _routed_cache_layer(cache, router, hidden.shape[1])
@@ -234,7 +247,7 @@ class _Gated:
             memory.gate = router.decide(hidden if x is None else self.router_input(x), call).detach()
             memory.rows = memory.gate.nonzero()[:, 0]
             memory.count, memory.fixed = len(memory.rows), router.fixed
-            # What a closed gate gives; one row will do where it is only added to the residual stream.
+            # What a closed gate gives. A layer that has an own_norm only adds it: one row of zeros will do.
             memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
@@ -310,7 +323,7 @@ class _Gated:
 
 
 class _GatedAttention(_Gated):
-    child, call = "self_attn", r"\n *{}, \w+ = self\.self_attn\("
+    child, use = "self_attn", _OUTPUT + r", \w+ = self\.self_attn\("
     skips_keys, outputs = True, ("output_attentions",)
 
     def result(self, output: Tensor, more: list) -> tuple:
@@ -318,7 +331,7 @@ class _GatedAttention(_Gated):
 
 
 class _GatedBlock(_Gated):
-    child, call = None, r"return {}\s*$"
+    child, use = None, r"return \w+\s*$"
     skips_keys, outputs = True, ("output_attentions", "output_router_logits", "output_hidden_states")
 
     def router_input(self, x: Tensor) -> Tensor:
@@ -349,9 +362,10 @@ def take_tokens(value, index: Tensor, tokens: int):
 
 
 def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """Who sees whom, (B, 1, Q, K): as `mask` (B, 1, T, S) or, if None, causality tells, and of keys there.
+    """The attention mask (B, 1, Q, K) of kept tokens: `mask` (B, 1, T, S), or causality if that is None.
 
-    queries (B, Q), keys (B, K): places in the sequence, of `total` tokens. is_there: (B, Q or 1, K) bool.
+    queries (B, Q), keys (B, K): their places in a sequence of `total` tokens. is_there: (B, Q or 1, K) bool,
+    keys that can be seen at all.
     """
     is_seen = is_there & (keys[:, None] <= queries[..., None])
     if mask is None:
@@ -409,8 +423,7 @@ class Call(NamedTuple):
             if x.shape[1] < self.prompt:
                 raise ValueError(f"a decision needs the whole prompt: {self.prompt} tokens, not {x.shape[1]}")
             mask = mask & (torch.arange(x.shape[1], device=x.device) < self.prompt)
-        if not mask.any(1).all():
-            rows = (~mask.any(1)).nonzero()[:, 0].tolist()
+        if rows := (~mask.any(1)).nonzero()[:, 0].tolist():
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
         self.given["votes"] = mask
         return mask
@@ -472,7 +485,7 @@ def _current(module: nn.Module) -> Call:
 
 
 class _RoutedLayer:
-    """Mixed into a decoder layer, whose attention or MLP has a gate: tells the gate of the call.
+    """Mixed into a decoder layer whose attention or MLP is gated: passes the current Call on to the gate.
 
     In training, as an argument: arguments are all that gradient checkpointing keeps until it runs `forward`
     again, in the backward pass. In evaluation it notes the KV cache, of which an MLP isn't told.
@@ -505,6 +518,10 @@ class _RoutedCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, index: Tensor) -> None:
         self.reorder_cache(index)
 
+    def reset(self) -> None:
+        self.gate = self.places = None  # of rows, of tokens: nothing is decided
+        super().reset()
+
     def batch_repeat_interleave(self, repeats: int) -> None:  # the first layer's rows are repeated already
         self.reorder_cache(torch.arange(len(self.first.keys) // repeats).repeat_interleave(repeats))
 
@@ -531,10 +548,6 @@ class _RowCacheLayer(_RoutedCacheLayer):
             super().crop(tokens_to_remove)
         if not self.first.get_seq_length():  # what comes next is a new prompt
             self.reset()
-
-    def reset(self) -> None:
-        self.gate = None
-        super().reset()
 
     def reorder_cache(self, index: Tensor) -> None:
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
@@ -572,10 +585,6 @@ class _TokenCacheLayer(_RoutedCacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if self.places is not None:  # the first layer was cropped before
             self.places = self.places.where(self.places < self.get_seq_length(), -1)
-
-    def reset(self) -> None:
-        self.places = None
-        super().reset()
 
     def reorder_cache(self, index: Tensor) -> None:
         if self.places is not None:
@@ -625,7 +634,7 @@ def gated_module(layer: nn.Module, granularity: str) -> nn.Module | None:
 
 
 def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
-    """Gate what `config.granularity` names, in `config.layers`, in place. Zero routers: all gates are open.
+    """Gate what `config.granularity` names, in `config.layers`, in place. All routers are zero, scores 0.5.
 
     ValueError if the model has routers, or these layers cannot be routed. The model is then left as it was.
     """
@@ -636,9 +645,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
     is_token, attention = config.granularity.endswith("token"), model.config._attn_implementation
     if is_token and (getattr(text, "attn_temperature_tuning", 0) or attention not in ("eager", "sdpa")):
-        raise ValueError(
-            f"a gate for each token needs eager or sdpa attention without temperature: {attention}"
-        )
+        raise ValueError(f"gates for tokens need eager or sdpa attention, without temperature: {attention}")
     if getattr(text, "num_kv_shared_layers", 0) or attention == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
     what = config.granularity.split("-")[0]
@@ -646,12 +653,13 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     for i in config.layers:
         layer = decoder.layers[i]
         sublayer = gated_module(layer, config.granularity)
-        is_called = re.search(_GATED[what].call.format(r"\w+"), inspect.getsource(type(layer).forward))
-        if sublayer is None or hasattr(sublayer, "router") or not is_called:
+        found = re.search(_GATED[what].use, inspect.getsource(type(layer).forward))
+        if sublayer is None or hasattr(sublayer, "router") or not found:
             raise ValueError(f"layer {i} ({type(layer).__name__}) has no {what} that can be left out")
         router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
-        new.append((layer, sublayer, router, _norm_before(layer, _GATED[what].call)))
+        norm = tuple(getattr(layer, name) for name in found.groups() if name)
+        new.append((layer, sublayer, router, norm))
     for layer, sublayer, router, norm in new:
         sublayer.router, sublayer.own_norm = router, norm
         if layer is not sublayer:
@@ -687,18 +695,6 @@ def _mix_in(mixins: dict[object, type | None]) -> None:
 
 # A class with `mixin` before `old`, under the name of `old`: others look that up.
 _mixed = cache(lambda mixin, old: type(old.__name__, (mixin, old), {"__module__": old.__module__}))
-
-
-def _norm_before(layer: nn.Module, call: str) -> tuple[nn.Module, ...]:
-    """The layer norm whose result goes to attention, or the MLP, and nowhere else, or ().
-
-    Names of norms don't tell. But most layers have these three lines, the last of them `call`, in which
-    attention's result takes the place of the norm's. Where the code reads otherwise (norm after attention, or
-    shared with the MLP) the norm stays where it is, which is right, and only takes its time.
-    """
-    lines = r"residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(\s*#.*)*\s*"
-    found = re.search(lines + call.format("hidden_states"), inspect.getsource(type(layer).forward))
-    return (getattr(layer, found[1]),) if found else ()
 
 
 # ---- Saving and loading.

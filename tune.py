@@ -1,4 +1,4 @@
-"""Router-Tuning: train only the routers of a frozen model, on a small dataset, towards a budget of attention.
+"""Router-Tuning: train only the routers of a frozen model, on a small dataset, to a budget of open gates.
 
     python tune.py                                    # the demo: 2 CPU cores, a minute, under 1 GB
     python tune.py --capacity 0.25 --name quarter     # a tighter budget
@@ -31,7 +31,7 @@ import random
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,8 @@ CALIBRATION = 4096  # training examples that set the threshold, and that choose 
 FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 DRAWS = 4  # of the gates of each prompt, in a step of rloo
 
-# ---- Tuning. An example is {task, ids, prompt}: of its ids, the first `prompt` vote and the rest is scored.
+# ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
+# the others are the answer, which is scored.
 
 
 def tune(model, examples: list[dict], args, done: int = 0, state=None, report=lambda *step: None) -> None:
@@ -69,7 +70,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
 
     Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
     don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
-    2019). The hinge gets d(mean score). No gradient runs through the backbone; closed gates are skipped.
+    2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -77,7 +78,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     Parameters that require a gradient (adapters, or the backbone) get that of the same loss, through open
     gates and through the routers' input.
 
-    Neither micro-batches nor processes change gates or gradients, but for rounding. state: where to go on.
+    Neither micro-batches nor processes change gates or gradients, but for rounding. state: moments and keep
+    ratio with which to go on after step `done`.
     FloatingPointError if loss or gradient is not finite; the routers are then those of the step before.
     """
     routers, weights, state = mindskip.routers(model), router_parameters(model), state or {}
@@ -91,7 +93,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         if done:
             before = {name: state[name][i].to(weight.device) for name in moments}
             optimizer.state[weight] = {"step": torch.tensor(float(done)), **before}
-    keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
+    last_keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
     draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
@@ -99,8 +101,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
-    model.eval()  # no dropout: the backbone is not trained
-    for module in model.modules() if draws == 1 else ():  # set directly: train() would recurse
+    model.eval()  # no dropout, and closed gates skip
+    # Straight-through computes closed gates, too. Set one by one: train() would set a module's children.
+    for module in model.modules() if draws == 1 else ():
         is_checkpointed = getattr(module, "gradient_checkpointing", False)
         module.training = is_checkpointed or isinstance(module, mindskip.Router)
     for step in range(done + 1, args.steps + 1):
@@ -110,23 +113,27 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         count = len(weights) * draws * sum(units)  # gates of this step
         thresholds = torch.rand(len(weights), draws, len(batch), max(units))  # below s with probability s
         task_loss, opened = torch.zeros(2, 1, device=model.device)
-        # ----- one step: the answers' loss, the budget, and a gradient that reaches routers only -----
+        # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
                 router.drawn = drawn.to(router.weight.device) if draws > 1 else None
             nats, _ = score(model, [batch[i] for i in part] * draws)
-            nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)  # (rows,): shares of a mean
-            logits, gates = last(model, "logit"), last(model, "gate")
+            # (draws * prompts,): all prompts under their first draw, then under the next. Shares of a mean.
+            nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)
+            router_logits, gates = last(model, "logit"), last(model, "gate")
             loss = nats.sum()
             if draws > 1:
-                log_p = -functional.binary_cross_entropy_with_logits(logits, gates.detach(), reduction="none")
-                log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, rows)
+                cross_entropy = functional.binary_cross_entropy_with_logits
+                log_p = -cross_entropy(router_logits, gates.detach(), reduction="none")
+                log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, prompts)
                 drawn_nats = nats.detach().view(draws, -1)
+                # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
                 loss = ((drawn_nats - drawn_nats.mean(0)) / (draws - 1) * log_p).sum()
                 loss += nats.sum() / draws if others else 0
-            share = gates.isfinite().sum().item() / count  # of the gates of this step
-            loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, keep)
-            loss += share * args.logit_weight * (1 - step / args.steps) ** 2 * logits.square().nanmean()
+            share = gates.isfinite().sum().item() / count  # that this part has of the step's gates
+            logit_weight = args.logit_weight * (1 - step / args.steps) ** 2
+            loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, last_keep)
+            loss += share * logit_weight * router_logits.square().nanmean()
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().nansum()
@@ -140,14 +147,15 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         # ---------------------------------------------------------------------------------------------
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
-        keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
+        last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
         state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in moments}
-        report(step, task_loss.item(), keep, factor * args.lr, state | {"keep": torch.tensor([keep])})
+        state["keep"] = torch.tensor([last_keep])
+        report(step, task_loss.item(), last_keep, factor * args.lr, state)
     for router in routers:
         router.drawn = None
     model.eval()
@@ -159,9 +167,9 @@ def score(model, examples: list[dict]) -> tuple[Tensor, Tensor]:
     first = min(example["prompt"] for example in examples)
     targets = batch.pop("labels")[:, first:]  # (B, A)
     is_input = batch["attention_mask"][:, 1:]  # nothing is predicted from a row's last token
-    batch = {name: value[:, :-1] for name, value in batch.items()} | {"attention_mask": is_input}
+    batch = {name: value[:, :-1] for name, value in batch.items()} | {"attention_mask": is_input}  # (B, T)
     logits = model(**batch, use_cache=False, logits_to_keep=targets.shape[1]).logits.float()
-    targets = targets.to(logits.device)  # logits: (B, A, vocabulary)
+    targets = targets.to(logits.device)  # logits (B, A, vocabulary) of the tokens before each target
     nats = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)  # 0 at -100
     return nats, ((logits.argmax(-1) == targets) | (targets == -100)).all(1)
 
@@ -173,26 +181,25 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
     A gate changes what the layers above it see, and so their scores: a few passes find the fixed point.
     """
     prompts = [{"ids": one["ids"][: one["prompt"]], "prompt": one["prompt"]} for one in examples]
-    prompts.sort(key=lambda prompt: prompt["prompt"])  # less padding
+    prompts.sort(key=lambda example: example["prompt"])  # less padding
     for done in tqdm(range(passes + 1), "calibration", leave=False, disable=None):
         scores, gates = [], []
         for i in range(0, len(prompts), batch_size):
             batch = collate(prompts[i : i + batch_size], model.device)
-            mindskip.decoder_of(model)(
-                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
-            logits, is_padding = last(model, "logit"), last(model, "gate").isnan()
-            scores.append(logits[~is_padding].sigmoid())
-            gates.append(last(model, "gate")[~is_padding])
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            mindskip.decoder_of(model)(ids, attention_mask=mask, use_cache=False)
+            scores.append(last(model, "logit").flatten().sigmoid())
+            gates.append(last(model, "gate").flatten())
         if done < passes:  # the last pass only measures
             ordered = torch.cat(scores).sort(descending=True).values
+            ordered = ordered[~ordered.isnan()]  # padding
             count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
             edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
             threshold = edges[count : count + 2].mean().item()
             config = replace(mindskip.routers(model)[0].config, threshold=threshold)
             for router in mindskip.routers(model):
                 router.config = config
-    return torch.cat(gates).mean().item()
+    return torch.cat(gates).nanmean().item()
 
 
 # ---- Data
@@ -225,8 +232,8 @@ def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
             kind = "parquet" if path.suffix == ".parquet" else "json"
             rows = datasets.load_dataset(kind, data_files=str(path), split=split)
         else:
-            place = str(path.resolve()) if path.is_dir() else args.dataset
-            rows = datasets.load_dataset(place, args.dataset_config, split=split)
+            source = str(path.resolve()) if path.is_dir() else args.dataset
+            rows = datasets.load_dataset(source, args.dataset_config, split=split)
         if not len(rows):
             raise ValueError("no examples")
     if args.max_samples is not None and args.max_samples < len(rows):
@@ -275,13 +282,11 @@ def alpaca(tokenizer, instruction: str, output: str, row: dict):
 def conversation(tokenizer, messages: list[dict], row: dict, first: int = 1):
     """By the chat template: an example for each turn of the assistant, from message `first` on."""
     template, found = functools.partial(tokenizer.apply_chat_template, return_dict=False), []
-    try:
+    with suppress(TemplateError):  # it refuses roles that don't alternate, and the like
         for i in range(first, len(messages)):
             if messages[i]["role"] == "assistant":
                 prompt, ids = template(messages[:i], add_generation_prompt=True), template(messages[: i + 1])
                 found.append((ids, len(prompt) if ids[: len(prompt)] == prompt else 0))
-    except TemplateError:  # it refuses roles that don't alternate, and the like
-        pass
     return found or [([], 0)]  # which is counted as dropped
 
 
@@ -306,8 +311,8 @@ def from_pretrained(auto: type, args, **options):
         return auto.from_pretrained(args.model, **options)
 
 
-def place(args) -> tuple[str, torch.dtype]:
-    """Where, and in which dtype, a model is wanted. ValueError if there is no such device."""
+def device_and_dtype(args) -> tuple[str, torch.dtype]:
+    """What the flags ask for. ValueError if there is no such device."""
     here = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = here if args.device == "auto" else args.device
     if device not in ("cpu", here):
@@ -318,7 +323,7 @@ def place(args) -> tuple[str, torch.dtype]:
 
 def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
     """A frozen decoder for these examples, or `tokens`, from safetensors only. ValueError if it is broken."""
-    (device, dtype), name = place(args), f"--model {args.model}"
+    (device, dtype), name = device_and_dtype(args), f"--model {args.model}"
     options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, found = from_pretrained(AutoModelForCausalLM, args, device_map=args.device_map, **options)
@@ -332,9 +337,9 @@ def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
         if parameter.is_meta or not parameter.isfinite().all():
             raise ValueError(f"{name}: {weight} is not finite in {dtype}, or on no device")
     longest = max(tokens, *(len(one["ids"]) for one in examples))
-    places = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
-    if longest > places:
-        told = f"{name} has {places} positions, not {longest}"
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        told = f"{name} has {positions} positions, not {longest}"
         raise ValueError(f"{told}; lower --max-length or --prompt-length")
     known, highest = model.get_input_embeddings().num_embeddings, max(max(one["ids"]) for one in examples)
     if highest >= known:
@@ -448,9 +453,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=number(int, 0, many=True), help="as 3,4; None: the deepest half but the last")
     add("--granularity", default=MindSkipConfig.granularity, choices=mindskip.GRANULARITIES)
     add("--capacity", type=number(float, 0, 1), default=MindSkipConfig.capacity, help="target keep ratio")
-    add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="of the gradient")
+    add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="see `tune`")
     add("--sparsity-weight", type=number(float, 0), default=0.3, metavar="LAMBDA", help="of the budget")
-    add("--logit-weight", type=number(float, 0), default=0.03, metavar="MU", help="of mean(logit^2) at first")
+    add("--logit-weight", type=number(float, 0), default=0.03, metavar="MU", help="of mean(r^2); falls to 0")
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=number(int, 1), default=1500, help="optimiser steps")
     add("--batch-size", type=number(int, 1), default=16, help="prompts in a step, of all processes")
@@ -482,9 +487,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
     if args.lora_rank and args.train == "all":
-        raise ValueError(
-            f"--lora-rank {args.lora_rank}: adapters are for a frozen backbone; not with --train all"
-        )
+        raise ValueError(f"--lora-rank {args.lora_rank}: adapters need a frozen backbone, not --train all")
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise ValueError(f"--name {args.name!r}: must be the name of a folder in runs/, not a path")
     return args
@@ -530,10 +533,9 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.model).is_dir():
         commit = Path(try_to_load_from_cache(args.model, "config.json", revision=args.revision)).parent.name
     about = {"base_model": args.model, "revision": commit, "fingerprints": prints, "adapter": args.adapter}
-    if args.lora_rank:
-        about["adapter"] = str(folder / "adapter")
-    elif args.train == "all":
-        about["base_model"] = str(folder / "model")
+    beside = "adapter" if args.lora_rank else "base_model" if args.train == "all" else None  # trained, too
+    if beside:
+        about[beside] = str(folder / beside.removeprefix("base_"))
     about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     arguments = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     started = time.perf_counter()
@@ -569,11 +571,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
         if abs(measured - args.capacity) > 0.05:
             print(f"WARNING: {measured:.2f} of the gates are open, not {args.capacity}; try more --steps")
-        if args.lora_rank:  # for --adapter
-            mindskip.remove_mindskip(model).save_pretrained(folder / "adapter")
-        elif args.train == "all":  # for --model
-            mindskip.remove_mindskip(model).save_pretrained(folder / "model")
-            tokenizer.save_pretrained(folder / "model")
+        if beside:  # for --adapter, or --model
+            mindskip.remove_mindskip(model).save_pretrained(about[beside])
+            tokenizer.save_pretrained(about[beside])
         lock.release()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -527,12 +527,12 @@ def test_nothing_of_the_base_model_is_renamed(family):
         assert torch.equal(model(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("place", ["mindskip._norm_before", "mindskip.Router.__init__"])
+@pytest.mark.parametrize("place", ["mindskip.gated_module", "mindskip.Router.__init__"])
 def test_attaching_is_all_or_nothing(place, monkeypatch):
     model, ids, calls = build(), tokens(), []
     expected, modules = model(ids).logits, [(id(module), type(module)) for module in model.modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
-    whole = mindskip.Router.__init__ if "Router" in place else mindskip._norm_before
+    whole = mindskip.Router.__init__ if "Router" in place else mindskip.gated_module
 
     def failing(*arguments):
         calls.append(arguments)

@@ -300,6 +300,6 @@ def test_the_python_of_the_readme_runs_and_tunes(tmp_path, monkeypatch):
     assert len(router_parameters(names["model"])) == 2
     remove_mindskip(names["model"])
     batches = [tune.collate(load_demo("train")[:64], "cpu")] * 3
-    exec("import torch\nfrom mindskip import *\n" + use, names | {"batches": batches})
+    exec(use, names | {"batches": batches})
     _, weights = read_routers(tmp_path / "routers.safetensors")
     assert all(weight.abs().max() > 0 for weight in weights.values())
