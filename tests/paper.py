@@ -50,7 +50,7 @@ def summary_of(model, layers, examples: list[dict]) -> dict:
 
 def cost_of(granularity: str, test: list[dict]) -> dict:
     """Speedup and KV cache with half of the gates closed: layer 1's, for one prompt of 512 tokens at a time."""
-    args = evaluate.parse_arguments(["--repeats", "9"])
+    args = evaluate.parse_arguments(["--repeats", "25"])
     dense = tune.load_model(args, test)
     routed = mindskip.add_mindskip(evaluate.copied(dense), mindskip.MindSkipConfig((1, 2), granularity))
     gates = {1: torch.zeros(8, dtype=torch.bool), 2: torch.ones(8, dtype=torch.bool)}
