@@ -195,10 +195,8 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 # A layer norm's name doesn't tell what it serves. But in most layers the code does: the result of attention,
 # or of the MLP, replaces the norm's. Its name is captured then, and the norm waits for the gate. Elsewhere (a
 # norm after attention, or shared with the MLP) it stays as it is, which is right, and only takes its time.
-_OUTPUT = (
-    r"(?:residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(?:\s*#.*)*\s+hidden_states"
-)
-_OUTPUT += r"|\n *\w+)"
+_OUTPUT = r"(?:residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(?:\s*#.*)*\s+"
+_OUTPUT += r"hidden_states|\n *\w+)"
 
 
 # ---- The gate. Classes named _... are mixed into the classes of the model's modules (_mix_in): modules and
