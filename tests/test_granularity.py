@@ -226,6 +226,10 @@ def test_a_token_decides_without_those_after_it_and_padding_never_counts(granula
     kept, real = last(model, "gate").nansum().item(), 3 * int(mask.sum())
     assert keep_ratio(model) == pytest.approx(kept / real)
     assert torch.equal(last(model, "gate")[:, 1:], gates[:, 1:])
+    with fix_gates(model, dict.fromkeys(ROUTED, True)):
+        cache = model(ids[:1], attention_mask=mask[:1]).past_key_values
+    cached = 20 if granularity == "mlp-token" else 15  # padding is skipped even where gates are fixed
+    assert [cache.layers[i].keys.shape[2] for i in ROUTED] == [cached] * 3
 
 
 @pytest.mark.parametrize("granularity", OTHERS)
@@ -268,6 +272,8 @@ def test_cache_operations_keep_decisions_with_their_rows(granularity):
         torch.testing.assert_close(found, again, **CLOSE)
         cache.crop(-23)
         torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more).logits, **CLOSE)
+        cache.reset()
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("granularity", OTHERS)
