@@ -70,10 +70,10 @@ SUBSETS = 256  # more static subsets are not searched: each is scored on the who
 def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -> dict[str, torch.Tensor]:
     """{correct (N,), nats (N,), gates (N, layers)} under gates {layer: bool, or (N,) or (N, T) bool}."""
     parts, order = [], sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))  # less padding
+    of_rows = {i: gate.view(len(order), -1) for i, gate in gates.items() if not isinstance(gate, bool)}
     for start in tqdm(range(0, len(order), batch_size), "scoring", leave=False, disable=None):
         index = order[start : start + batch_size]
         longest = len(examples[index[0]]["ids"]) - 1  # nothing is predicted from the last token
-        of_rows = {i: gate.view(len(order), -1) for i, gate in gates.items() if not isinstance(gate, bool)}
         some = gates | {i: gate[index, :longest] for i, gate in of_rows.items()}
         with fix_gates(model, some):
             nats, correct = score(model, [examples[i] for i in index])

@@ -110,14 +110,14 @@ class Router(nn.Module):
             if any(n not in (1, m) for n, m in zip(gate.shape, shape)):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
             gate = gate.expand(shape)
-        noted = [logit, gate]
+        noted = gate
         if self.is_token and call.given.get("attention_mask") is not None:  # padding is skipped
             padding = ~call.real(x)
-            noted = [None if one is None else one.masked_fill(padding, torch.nan) for one in noted]
-            gate = gate.masked_fill(padding, 0)
+            gate, noted = gate.masked_fill(padding, 0), gate.masked_fill(padding, torch.nan)
+            logit = None if logit is None else logit.masked_fill(padding, torch.nan)
         # For `last`, with their graph: tune.py differentiates them. Written to __dict__, because nn.Module's
         # assignment takes long enough to show in the time of short prompts.
-        vars(self).update(zip(("logit", "gate"), noted))
+        vars(self).update(logit=logit, gate=noted)
         return gate
 
     def _apply(self, fn, recurse=True):
@@ -139,7 +139,7 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
     """
     if not 0 <= capacity <= 1:
         raise ValueError(f"capacity must be a fraction in [0, 1], got {capacity}")
-    mean = last(model, "gate").nanmean()
+    mean = _mean_gate(model)
     if keep is not None:
         mean = keep + (mean - mean.detach())
     return torch.relu(mean - capacity)
@@ -147,7 +147,12 @@ def capacity_loss(model: nn.Module, capacity: float, keep: float | None = None) 
 
 def keep_ratio(model: nn.Module) -> float:
     """The fraction of gates, over routed layers and rows or tokens, that were open in the last forward."""
-    return last(model, "gate").nanmean().item()
+    return _mean_gate(model).item()
+
+
+def _mean_gate(model: nn.Module) -> Tensor:
+    gates = last(model, "gate")
+    return gates.nanmean() if gates.ndim == 3 else gates.mean()  # a row's NaN is no padding, but an error
 
 
 def last(model: nn.Module, what: str) -> Tensor:

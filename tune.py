@@ -97,7 +97,6 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
     draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
-    is_token = args.granularity.endswith("token")
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
@@ -109,9 +108,10 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates of a row in a layer
+        units = [len(one["ids"]) - 1 if routers[0].is_token else 1 for one in batch]  # gates in a layer
         count = len(weights) * draws * sum(units)  # gates of this step
-        thresholds = torch.rand(len(weights), draws, len(batch), max(units))  # below s with probability s
+        # A gate opens where s >= its threshold: with probability s. (layers, draws, prompts, U)
+        thresholds = torch.rand(len(weights), draws, len(batch), max(units))
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
@@ -188,18 +188,18 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
             batch = collate(prompts[i : i + batch_size], model.device)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             mindskip.decoder_of(model)(ids, attention_mask=mask, use_cache=False)
-            scores.append(last(model, "logit").flatten().sigmoid())
-            gates.append(last(model, "gate").flatten())
+            real = mask.bool() if mindskip.routers(model)[0].is_token else slice(None)  # not padding
+            scores.append(last(model, "logit")[:, real].flatten().sigmoid())
+            gates.append(last(model, "gate")[:, real].flatten())
         if done < passes:  # the last pass only measures
             ordered = torch.cat(scores).sort(descending=True).values
-            ordered = ordered[~ordered.isnan()]  # padding
             count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
             edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
             threshold = edges[count : count + 2].mean().item()
             config = replace(mindskip.routers(model)[0].config, threshold=threshold)
             for router in mindskip.routers(model):
                 router.config = config
-    return torch.cat(gates).nanmean().item()
+    return torch.cat(gates).mean().item()
 
 
 # ---- Data
@@ -453,7 +453,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=number(int, 0, many=True), help="as 3,4; None: the deepest half but the last")
     add("--granularity", default=MindSkipConfig.granularity, choices=mindskip.GRANULARITIES)
     add("--capacity", type=number(float, 0, 1), default=MindSkipConfig.capacity, help="target keep ratio")
-    add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="see `tune`")
+    add("--estimator", default="rloo", choices=["rloo", "straight-through"], help="rloo draws gates")
     add("--sparsity-weight", type=number(float, 0), default=0.3, metavar="LAMBDA", help="of the budget")
     add("--logit-weight", type=number(float, 0), default=0.03, metavar="MU", help="of mean(r^2); falls to 0")
     add = parser.add_argument_group("run").add_argument

@@ -1,6 +1,7 @@
 """What is gated (attention, an MLP, a whole layer), and what shares a gate (a sequence, a token)."""
 
 import itertools
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -453,3 +454,22 @@ def test_gates_drawn_for_each_token_are_those_of_its_row():
         alone = evaluate.score_all(model, [one], {i: gate[k : k + 1] for i, gate in drawn.items()})
         torch.testing.assert_close(alone["nats"][0], found["nats"][k], **CLOSE)
         torch.testing.assert_close(alone["gates"][0], found["gates"][k])
+
+
+@pytest.mark.parametrize("granularity", ["attention-sequence", "attention-token"])
+def test_a_router_that_is_not_a_number_is_not_taken_for_padding(granularity):
+    """Padding's gates are noted as NaN, too."""
+    model = build_gated(granularity).requires_grad_(False)
+    router_parameters(model)[1].data.fill_(torch.nan)
+    assert math.isnan(tune.calibrate(model, examples(), 0.5))
+    assert math.isnan(keep_ratio(model)) == (granularity == "attention-sequence")
+    with pytest.raises(FloatingPointError, match="step 1: loss or gradient not finite"):
+        tune.tune(model, examples(), settings(steps=1, batch_size=8, granularity=granularity))
+
+
+@torch.no_grad()
+def test_attention_weights_are_whole_where_mlps_are_skipped():
+    model, ids = build_gated("mlp-sequence", attn_implementation="eager"), tokens()
+    with fix_gates(model, dict.fromkeys(ROUTED, torch.tensor([True, False, True, False]))):
+        weights = model(ids, output_attentions=True).attentions
+    assert [one.shape for one in weights] == [(4, 4, 20, 20)] * 6
