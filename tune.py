@@ -15,6 +15,7 @@ Differs from the paper:
     third term   It keeps scores away from 0 and 1, where they don't learn. mu falls as (1 - step/steps)^2.
     one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's mean is 0
                  or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
+                 With a gate for each token, the budget begins near 1 and falls (`tune`).
     calibration  Training ends near the budget, with drawn gates. Then the threshold becomes the quantile of
                  the scores on training data that opens `capacity` of the gates.
     lambda, lr   0.3 and 0.1, at width 128. A logit is a sum over D, so that lr should fall as D grows (this
@@ -55,7 +56,8 @@ DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
 FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
-DRAWS = 4  # of the gates of each prompt, in a step of rloo
+DRAWS = 4  # of the gates of each prompt, in a step of rloo; 8 where each token has a gate
+START = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
 
 # ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
 # the others are the answer, which is scored.
@@ -71,6 +73,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
     don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
     2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
+    Where each token has a gate, an answer needs many of them at once, and opening one while others are closed
+    tells nothing. So the budget begins at START and falls to the capacity over three quarters of the steps.
+    Gates are drawn with s = sigmoid(r + offset) then: a router at zero opens as many as the budget allows.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -96,7 +101,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     last_keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
-    draws, warmup = DRAWS if args.estimator == "rloo" else 1, max(1, args.steps // 10)
+    is_token, warmup = routers[0].is_token, max(1, args.steps // 10)
+    draws = DRAWS * (1 + is_token) if args.estimator == "rloo" else 1
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
@@ -108,10 +114,15 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
-        units = [len(one["ids"]) - 1 if routers[0].is_token else 1 for one in batch]  # gates in a layer
+        units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates in a layer
         count = len(weights) * draws * sum(units)  # gates of this step
         # A gate opens where s >= its threshold: with probability s. (layers, draws, prompts, U)
         thresholds = torch.rand(len(weights), draws, len(batch), max(units))
+        budget, offset = args.capacity, 0.0
+        if is_token and draws > 1:
+            budget += (max(START, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
+            offset = torch.tensor(budget).logit(eps=1 - START).item()
+            thresholds = (thresholds.logit() - offset).sigmoid()
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
         for part in (mine[i : i + size] for i in range(0, len(mine), size)):
@@ -124,7 +135,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             loss = nats.sum()
             if draws > 1:
                 cross_entropy = functional.binary_cross_entropy_with_logits
-                log_p = -cross_entropy(router_logits, gates.detach(), reduction="none")
+                log_p = -cross_entropy(router_logits + offset, gates.detach(), reduction="none")
                 log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, prompts)
                 drawn_nats = nats.detach().view(draws, -1)
                 # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
@@ -132,7 +143,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
                 loss += nats.sum() / draws if others else 0
             share = gates.isfinite().sum().item() / count  # that this part has of the step's gates
             logit_weight = args.logit_weight * (1 - step / args.steps) ** 2
-            loss += share * args.sparsity_weight * capacity_loss(model, args.capacity, last_keep)
+            loss += share * args.sparsity_weight * capacity_loss(model, budget, last_keep)
             loss += share * logit_weight * router_logits.square().nanmean()
             loss.backward()
             task_loss += nats.detach().sum() / draws

@@ -63,9 +63,11 @@ def examples(count: int = 64, seed: int = 0) -> list[dict]:
     return [example(ids(4, 12), [*ids(1, 5), 2]) for _ in range(count)]
 
 
-def frozen(family: str = "llama", layers=ROUTED, **changes) -> torch.nn.Module:
+def frozen(
+    family: str = "llama", layers=ROUTED, granularity="attention-sequence", **changes
+) -> torch.nn.Module:
     """A frozen model with routers that start at zero."""
-    return add_mindskip(build(family, **changes).requires_grad_(False), MindSkipConfig(layers))
+    return add_mindskip(build(family, **changes).requires_grad_(False), MindSkipConfig(layers, granularity))
 
 
 def tuned(model, **changes):
@@ -209,6 +211,50 @@ def test_the_mean_of_the_drawn_gradients_is_that_of_the_expected_loss():
     paper = drawn_gradients(model, batch, copies=1, steps=1, estimator="straight-through")[0]
     assert ((paper - exact) / deviation).abs().max() > 20
     assert (paper - exact).norm() > 0.5 * exact.norm()
+
+
+def budget_of_tokens(step: int, steps: int, capacity: float) -> float:
+    """Where each token has a gate: from 0.95 straight down to the capacity, within three quarters of the steps."""
+    return capacity + (0.95 - capacity) * max(0.0, 1 - step / (0.75 * steps))
+
+
+@pytest.mark.parametrize("capacity", [0.5, 0.1])
+def test_where_each_token_has_a_gate_a_router_at_zero_opens_the_falling_budget(capacity):
+    keeps = []
+    args = settings(steps=8, batch_size=64, lr=0.0, capacity=capacity)
+    model = frozen(granularity="attention-token")
+    tune.tune(model, examples(), args, report=lambda *record: keeps.append(record[2]))
+    expected = [budget_of_tokens(step, 8, capacity) for step in range(1, 9)]  # of 15,000 gates each
+    assert keeps == [pytest.approx(budget, abs=0.02) for budget in expected]
+
+
+def test_where_each_token_has_a_gate_the_drawn_gradients_are_those_of_the_falling_budget():
+    """Of E[L] over all 256 ways to set the gates of two layers, open with sigmoid(logit + logit of the budget)."""
+    model, (example,) = frozen(layers=(1, 2), granularity="attention-token", num_hidden_layers=4), examples(1)
+    example["ids"], example["prompt"] = example["ids"][:5], 3
+    torch.manual_seed(3)
+    for weight in router_parameters(model):
+        weight.data.copy_(0.25 * torch.randn(weight.shape))
+    ways = torch.tensor([*itertools.product([False, True], repeat=8)])
+    lower, upper = ways[:, :4], ways[:, 4:]
+    with torch.no_grad(), fix_gates(model, {1: lower, 2: upper}):
+        nats = tune.score(model, [example] * len(ways))[0] / (len(example["ids"]) - example["prompt"])
+    tune.score(model, [example] * len(ways))
+    logits = last(model, "logit")[0]
+    with fix_gates(model, {1: lower}):  # what the upper router sees depends on the lower one's gates
+        tune.score(model, [example] * len(ways))
+    logits, steps, exact = torch.cat([logits, last(model, "logit")[0]], 1), 40, []
+    for step in range(1, steps + 1):
+        budget = budget_of_tokens(step, steps, 0.25)
+        score = torch.sigmoid(logits + math.log(budget / (1 - budget)))
+        expected = (torch.where(ways, score, 1 - score).prod(1) * nats).sum()
+        slopes = torch.autograd.grad(expected, router_parameters(model), retain_graph=True)
+        exact.append(torch.cat(slopes))
+    exact = torch.stack(exact)
+    errors = drawn_gradients(model, [example], copies=1000, steps=steps, capacity=0.25) - exact
+    deviation = errors.std(0) / math.sqrt(steps)
+    assert (errors.mean(0) / deviation).abs().max() < 5
+    assert deviation.norm() < 0.05 * exact.mean(0).norm()
 
 
 def recorded_gates(monkeypatch) -> list[torch.Tensor]:
