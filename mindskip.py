@@ -276,21 +276,20 @@ class _Gated:
         rows = is_open.any(1).nonzero()[:, 0]  # a row that keeps nothing is left out
         if len(rows) == 0:
             return self.result(self.nothing(hidden), [None])
-        if len(rows) < batch:
-            kwargs = {name: take_rows(value, rows, batch) for name, value in kwargs.items()}
-            x, is_open = x[rows], is_open[rows]
-        columns = int(is_open.sum(1).max())
-        index = is_open.int().argsort(dim=1, stable=True)[:, tokens - columns :]  # (kept rows, columns)
-        is_kept, mask = is_open.gather(1, index), kwargs.pop("attention_mask", None)
-        added = {}
-        if self.skips_keys:
-            added["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory, rows, batch)
-        if columns < tokens or not is_kept.all():
+        kwargs = {name: take_rows(value, rows, batch) for name, value in kwargs.items()}
+        x, is_kept = take_rows(x, rows, batch), take_rows(is_open, rows, batch)
+        mask = kwargs.pop("attention_mask", None)
+        index = torch.arange(tokens, device=x.device).expand(len(rows), -1)  # (kept rows, columns)
+        are_all = tokens == 1 or bool(is_kept.all())  # a single token is, or its row was left out
+        if not are_all:
+            index = is_kept.int().argsort(dim=1, stable=True)[:, tokens - int(is_kept.sum(1).max()) :]
+            is_kept, x = is_kept.gather(1, index), take_tokens(x, index, tokens)
             kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
-            x = take_tokens(x, index, tokens)
-        elif len(rows) == batch:
-            return super().__call__(x, **kwargs, **added)
-        kept, *more = _as_tuple(super().__call__(x, **kwargs, **added))
+        if self.skips_keys:
+            kwargs["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory, rows, batch)
+        kept, *more = _as_tuple(super().__call__(x, **kwargs))
+        if are_all and len(rows) == batch:
+            return self.result(kept, more)
         output, (row, column) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
         output[rows[row], index[row, column]] = kept[row, column].to(output.dtype)
         return self.result(output, more)
@@ -301,10 +300,9 @@ class _Gated:
         queries = index + total - tokens  # their places in the sequence
         keys = queries.where(is_kept, -1)
         if memory is not None:
-            new = keys.new_full((batch, keys.shape[1]), -1).index_copy_(0, rows, keys)
-            memory.rows = rows
+            new, memory.rows = put_rows(keys, rows, batch, -1), rows
             memory.places = new if memory.places is None else torch.cat([memory.places, new], 1)
-            keys = memory.places[rows]
+            keys = take_rows(memory.places, rows, batch)
             visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
         if keys.shape[1] == total == visible and (keys >= 0).all():
             return mask  # all tokens so far were kept
@@ -386,8 +384,17 @@ def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Ten
 def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+        if isinstance(rows, slice):
+            return value[rows]
+        return value if len(rows) == batch else value.index_select(0, rows)
     return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
+
+
+def put_rows(kept: Tensor, rows: Tensor, batch: int, empty: int = 0) -> Tensor:
+    """The other way: a whole batch, with `empty` in the other rows."""
+    if len(rows) == batch:
+        return kept
+    return kept.new_full((batch, *kept.shape[1:]), empty).index_copy_(0, rows, kept)
 
 
 # ---- Who votes. A Call is one forward pass. It isn't kept on the model, which two threads may use at once.
@@ -575,12 +582,10 @@ class _TokenCacheLayer(_RoutedCacheLayer):
         cached = self.keys.shape[2] if self.is_initialized else 0
         if self.places is None or self.places.shape[1] != cached + keys.shape[2]:
             raise ValueError("a routed model made this KV cache")
-        if len(keys) < (batch := len(self.places)):  # void columns for the others
-            empty = (t.new_zeros(batch, *t.shape[1:]) for t in (keys, values))
-            keys, values = (e.index_copy_(0, self.rows, t) for e, t in zip(empty, (keys, values)))
-        # Not a sliding window's own: it would forget columns, some of which may be void.
-        keys, values = DynamicLayer.update(self, keys, values)
-        return keys[self.rows], values[self.rows]
+        rows, batch = self.rows, len(self.places)
+        # Not a sliding window's own update: it would forget columns, some of which may be void.
+        cached = DynamicLayer.update(self, put_rows(keys, rows, batch), put_rows(values, rows, batch))
+        return take_rows(cached, rows, batch)
 
     def get_seq_length(self) -> int:
         return self.first.get_seq_length()
