@@ -32,7 +32,8 @@ A column is a heading and a format of a row's results. Counted (FLOP) and measur
     prefill     milliseconds for all prompts, median; decode: for one more token of each
     x           median over repeats of dense time / row time in the same repeat [quartiles]
     of limit    (dense time - row time) / (dense time - removed time), of medians
-    KV          keys and values of all prompts after decoding; peak: most memory allocated beyond the weights
+    KV          keys and values of all prompts after decoding
+    peak        most memory that a prefill allocates beyond the weights
 """
 
 import copy
@@ -317,20 +318,21 @@ def measure(rows: dict, prompts: list[torch.Tensor], new_tokens: int, repeats: i
 
 
 def weigh(contexts: list, prompts: list[torch.Tensor], new_tokens: int) -> dict:
-    """KiB of keys and values after decoding, most MiB allocated beyond the weights, open gates by layer."""
+    """Of prefill the most MiB beyond the weights, and open gates by layer; KiB of KV after decoding."""
     found, on_gpu = {"kv_kib": 0.0, "peak_mib": 0.0, "kept": {}}, prompts[0].is_cuda
     for context, group in zip(contexts, prompts):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if on_gpu else 0
-        with context() as model, nullcontext() if on_gpu else Watch() as watch:
-            cache, token = prefill(model, group)
+        with context() as model:
+            with nullcontext() if on_gpu else Watch() as watch:
+                cache, token = prefill(model, group)
+            peak = torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
+            found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
             for router in mindskip.routers(model):  # now: where tokens have gates, decoding makes others
                 share = router.gate.nanmean().item() * len(group) / sum(map(len, prompts))
                 found["kept"][router.layer] = found["kept"].get(router.layer, 0.0) + share
             decode(model, cache, token, new_tokens)
-        peak = torch.cuda.max_memory_allocated() - before if on_gpu else watch.peak_bytes
-        found["peak_mib"] = max(found["peak_mib"], peak / 2**20)
         held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
         found["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
     return found
@@ -654,7 +656,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--tasks", help="tasks of lm-evaluation-harness, as arc_challenge,boolq; needs the extra `tasks`")
     add = parser.add_argument_group("cost").add_argument
     add("--prompt-length", type=number(int, 1, many=True), default=(128, 512, 2048), help="of timed prompts")
-    add("--new-tokens", type=number(int, 1), default=16, help="decode passes after each prompt")
+    add("--new-tokens", type=number(int, 1), default=8, help="decode passes after each prompt")
     add("--batch-size", type=number(int, 1, many=True), default=(1, 8), help="timed prompts at a time")
     add("--repeats", type=number(int, 2), default=5, help="timed repeats of every row")
     add("--keep", type=number(float, 0, 1), default=0.5, help="what-if: keep ratio")

@@ -57,7 +57,7 @@ CALIBRATION = 4096  # training examples that set the threshold, and that choose 
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
 FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 DRAWS = 4  # of the gates of each prompt, in a step of rloo; 8 where each token has a gate
-START = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
+FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
 
 # ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
 # the others are the answer, which is scored.
@@ -74,8 +74,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
     2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
     Where each token has a gate, an answer needs many of them at once, and opening one while others are closed
-    tells nothing. So the budget begins at START and falls to the capacity over three quarters of the steps.
-    Gates are drawn with s = sigmoid(r + offset) then: a router at zero opens as many as the budget allows.
+    tells nothing. So the budget begins at FIRST_BUDGET, and falls to the capacity over three quarters of the
+    steps. Gates are then drawn with s = sigmoid(r + offset): at zero, a router opens what the budget allows.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -120,8 +120,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         thresholds = torch.rand(len(weights), draws, len(batch), max(units))
         budget, offset = args.capacity, 0.0
         if is_token and draws > 1:
-            budget += (max(START, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
-            offset = torch.tensor(budget).logit(eps=1 - START).item()
+            budget += (max(FIRST_BUDGET, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
+            offset = torch.tensor(budget).logit(eps=1 - FIRST_BUDGET).item()
             thresholds = (thresholds.logit() - offset).sigmoid()
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
