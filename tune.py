@@ -56,7 +56,7 @@ DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
 FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
-DRAWS = 4  # of the gates of each prompt, in a step of rloo; 8 where each token has a gate
+DRAWS = 4  # of the gates of each prompt, in a step of rloo; twice as many where each token has a gate
 FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
 
 # ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
@@ -73,9 +73,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
     don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
     2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
-    Where each token has a gate, an answer needs many of them at once, and opening one while others are closed
-    tells nothing. So the budget begins at FIRST_BUDGET, and falls to the capacity over three quarters of the
-    steps. Gates are then drawn with s = sigmoid(r + offset): at zero, a router opens what the budget allows.
+    Where each token has a gate, an answer needs many of them at once: opening one while others are closed
+    tells nothing. So K is twice DRAWS there, and the budget falls from FIRST_BUDGET to the capacity in three
+    quarters of the steps. Gates are drawn with s = sigmoid(r + offset): at zero, a router opens the budget.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.

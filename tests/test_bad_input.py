@@ -349,7 +349,7 @@ EVALUATE = {
     "metadata that is null": ([], edit_routers(lambda _, metadata: metadata.update(mindskip="null")), "holds no MindSkip routers"),
     "metadata that is nested": (
         [], edit_routers(lambda _, metadata: metadata.update(mindskip="[" * 100_000)), "holds no MindSkip routers"),
-    "timed prompts longer than the model": (["--prompt-length", "250"], nothing, "--model model has 256 positions, not 266; lower"),
+    "timed prompts longer than the model": (["--prompt-length", "250"], nothing, "--model model has 256 positions, not 258; lower"),
     "shots without tasks": (["--num-fewshot", "5"], nothing, "--tasks None: name tasks"),
     "a limit without tasks": (["--task-limit", "5"], nothing, "--tasks None: name tasks"),
     "no tasks": (["--tasks", ""], nothing, "--tasks : name tasks"),
