@@ -296,7 +296,8 @@ class _Gated:
 
     def mask_of(self, mask, index: Tensor, is_kept: Tensor, tokens: int, memory, rows: Tensor, batch: int):
         """The attention mask of the tokens `index` of some rows, which from now on are in the KV cache."""
-        total = visible = tokens if memory is None else memory.get_seq_length()  # with those of this call
+        # Tokens so far, with those of this call; and how many of the last ones a sliding window lets through.
+        total = visible = tokens if memory is None else memory.get_seq_length()
         queries = index + total - tokens  # their places in the sequence
         keys = queries.where(is_kept, -1)
         if memory is not None:
@@ -391,7 +392,7 @@ def take_rows(value, rows: Tensor | slice, batch: int):
 
 
 def put_rows(kept: Tensor, rows: Tensor, batch: int, empty: int = 0) -> Tensor:
-    """The other way: a whole batch, with `empty` in the other rows."""
+    """The inverse of take_rows: a whole batch, with `empty` in the rows that were left out."""
     if len(rows) == batch:
         return kept
     return kept.new_full((batch, *kept.shape[1:]), empty).index_copy_(0, rows, kept)

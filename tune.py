@@ -75,7 +75,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
     Where each token has a gate, an answer needs many of them at once: opening one while others are closed
     tells nothing. So K is twice DRAWS there, and the budget falls from FIRST_BUDGET to the capacity in three
-    quarters of the steps. Gates are drawn with s = sigmoid(r + offset): at zero, a router opens the budget.
+    quarters of the steps. Gates are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
@@ -121,7 +121,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         budget, offset = args.capacity, 0.0
         if is_token and draws > 1:
             budget += (max(FIRST_BUDGET, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
-            offset = torch.tensor(budget).logit(eps=1 - FIRST_BUDGET).item()
+            offset = torch.tensor(budget).logit(eps=0.05).item()  # finite for a budget of 0 or 1, too
             thresholds = (thresholds.logit() - offset).sigmoid()
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------

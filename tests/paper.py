@@ -135,7 +135,7 @@ def training(seeds: list[int]) -> dict:
 
 @contextmanager
 def deciding(model, gates: dict[int, bool]):
-    """Routers of zeros, with scores of 0.5, run and decide as told: by a threshold of 0 or 1."""
+    """Routers of zeros, with scores of 0.5, run and decide as told: by a threshold of 0 or 1, until told again."""
     for router in mindskip.routers(model):
         router.config = replace(router.config, threshold=float(not gates[router.layer]))
     yield model
@@ -160,9 +160,8 @@ def curve(seeds: list[int]) -> dict:
         for capacity in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
             layers, others = evaluate.attach(model, path, capacity, chosen_train)
             quality, chosen, _ = evaluate.compare_quality(model, layers, others, chosen_train, test, args)
-            found = (
-                evaluate.score_all(model, first, others)["gates"] > 0
-            )  # (tasks, every layer but the first)
+            # (tasks, layers), where every layer but the first has a router
+            found = evaluate.score_all(model, first, others)["gates"] > 0
             every, keep = [router.layer for router in mindskip.routers(model)], quality["mindskip"]["keep"]
             drawn = torch.rand(len(first), len(layers)) < keep
             static = {i: i not in chosen["best"] for i in layers}

@@ -11,6 +11,7 @@ from conftest import FAMILIES, ROUTED, SHAPE, WIDTH, build, tokens
 from test_tune import ESTIMATORS, examples, recorded_gradients, settings
 
 import evaluate
+import mindskip
 import tune
 from mindskip import (
     GRANULARITIES,
@@ -209,6 +210,22 @@ def test_only_kept_tokens_are_computed_and_cached(granularity, monkeypatch):
     with fix_gates(model, dict.fromkeys(ROUTED, torch.tensor([True, False, True, False]))):
         model(tokens())
     assert sizes == [(4, 20), (4, 20), (2, 20), (2, 20), (2, 20), (4, 20)]
+
+
+@torch.no_grad()
+def test_a_step_of_decoding_copies_no_keys_where_every_row_keeps_its_token(monkeypatch):
+    model, copied, update = build_gated("attention-token"), [], mindskip._TokenCacheLayer.update
+
+    def watched(self, *args, **kwargs):
+        found = update(self, *args, **kwargs)
+        copied.append(found[0] is not self.keys or found[1] is not self.values)
+        return found
+
+    cache = model(tokens()).past_key_values
+    monkeypatch.setattr(mindskip._TokenCacheLayer, "update", watched)
+    with fix_gates(model, dict.fromkeys(ROUTED, True)):
+        model(tokens(length=1), past_key_values=cache)
+    assert copied == [False] * 3
 
 
 @pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("token")])

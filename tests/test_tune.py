@@ -219,13 +219,32 @@ def budget_of_tokens(step: int, steps: int, capacity: float) -> float:
 
 
 @pytest.mark.parametrize("capacity", [0.5, 0.1])
-def test_where_each_token_has_a_gate_a_router_at_zero_opens_the_falling_budget(capacity):
-    keeps = []
+def test_where_each_token_has_a_gate_a_router_at_zero_opens_the_falling_budget(capacity, monkeypatch):
+    keeps, gates = [], recorded_gates(monkeypatch)
     args = settings(steps=8, batch_size=64, lr=0.0, capacity=capacity)
     model = frozen(granularity="attention-token")
     tune.tune(model, examples(), args, report=lambda *record: keeps.append(record[2]))
     expected = [budget_of_tokens(step, 8, capacity) for step in range(1, 9)]  # of 15,000 gates each
     assert keeps == [pytest.approx(budget, abs=0.02) for budget in expected]
+    assert {one.shape[1] for one in gates} == {2 * tune.DRAWS * 64}
+
+
+def test_where_each_token_has_a_gate_the_hinge_is_that_of_the_falling_budget():
+    """Open gates fewer than the budget of a step, though more than the capacity, feel no pressure."""
+    model, found, keeps = frozen(granularity="attention-token"), [], []
+    torch.manual_seed(3)
+    for weight in router_parameters(model):
+        weight.data.copy_(0.25 * torch.randn(weight.shape))
+    for sparsity_weight in (0.0, 5.0):
+        args = settings(steps=60, batch_size=4, lr=0.0, logit_weight=0.0, sparsity_weight=sparsity_weight)
+        with recorded_gradients(model) as gradients:
+            tune.tune(model, examples(4), args, report=lambda *record: keeps.append(record[2]))
+        found.append([torch.cat(one) for one in gradients])
+    assert 0.5 < keeps[0] < budget_of_tokens(2, 60, 0.5)
+    assert not torch.equal(
+        found[0][0], found[1][0]
+    )  # the first step takes the dense model for the one before
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_where_each_token_has_a_gate_the_drawn_gradients_are_those_of_the_falling_budget():
