@@ -223,7 +223,7 @@ class _Gated:
         if router.training:
             return self.call_and_multiply(hidden, kwargs, call)
         # memory: the KV cache's layer, which keeps decisions for decoding; None without a cache.
-        cache, memory = kwargs.get("past_key_values", call.given.get("past_key_values")), None
+        cache, memory = kv_cache(call.given | kwargs), None
         if cache is not None and (self.skips_keys or not router.is_token):
             memory = _routed_cache_layer(cache, router, hidden.shape[1])
         call_on = self.call_on_tokens if router.is_token else self.call_on_rows
@@ -454,7 +454,7 @@ class _CallingModel:
         for name in () if self.training else self.skipped_outputs:
             if kwargs.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{name}: what a gate skips gives none")
-        if self.training and (cache := kwargs.get("past_key_values")) and cache.get_seq_length() > 0:
+        if self.training and (cache := kv_cache(kwargs)) and cache.get_seq_length() > 0:
             raise ValueError("training mode cannot continue a KV cache: call model.eval()")
         if voters is None and (labels := kwargs.get("labels")) is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
@@ -479,6 +479,11 @@ class _CallingModel:
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
         return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
+
+
+def kv_cache(given: dict) -> Cache | None:
+    """The KV cache among a call's arguments, by its type: transformers 5.24 calls it another name than 5.23."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
 
 
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
@@ -506,7 +511,7 @@ class _RoutedLayer:
         call = _current(self)
         if self.training:
             return super().__call__(*args, call=call, **kwargs)
-        call.given["past_key_values"] = kwargs.get("past_key_values")
+        call.given["cache"] = kv_cache(kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, call: Call | None = None, **kwargs):

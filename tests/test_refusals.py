@@ -78,10 +78,10 @@ def test_a_second_turn_of_a_hybrid_follows_the_first_decision():
     with fix_gates(model, gates):
         expected, cache = (
             model(ids, use_cache=False).logits,
-            model(ids[:, :7], use_cache=True).past_key_values,
+            model(ids[:, :7], use_cache=True).cache,
         )
         for step in (slice(7, 11), slice(11, 12)):
-            logits = model(ids[:, step], past_key_values=cache, use_cache=True).logits
+            logits = model(ids[:, step], cache=cache, use_cache=True).logits
             torch.testing.assert_close(
                 logits, expected[:, step], atol=1e-4, rtol=1e-3
             )  # another order of sums
@@ -240,16 +240,16 @@ def test_reentrant_checkpointing_is_refused():
 @torch.no_grad()
 def test_a_cache_keeps_its_decisions_and_says_so():
     model, ids = build_routed(), tokens()
-    cache = model(ids[:, :10], use_cache=True).past_key_values
+    cache = model(ids[:, :10], use_cache=True).cache
     with pytest.raises(ValueError, match="keeps its decisions"), fix_gates(model, {3: True}):
-        model(ids[:, 10:11], past_key_values=cache)
+        model(ids[:, 10:11], cache=cache)
     with pytest.raises(ValueError, match="voters"):
-        model(ids[:, 10:11], past_key_values=cache, voters=torch.ones_like(ids).bool())
+        model(ids[:, 10:11], cache=cache, voters=torch.ones_like(ids).bool())
     gates = {3: torch.tensor([True, False, False, True])}
     with fix_gates(model, gates):  # fixed before the prefill, and still
-        cache = model(ids[:, :10], use_cache=True).past_key_values
-        model(ids[:, 10:11], past_key_values=cache)
-    model(ids[:, 11:12], past_key_values=cache)  # afterwards the cache knows
+        cache = model(ids[:, :10], use_cache=True).cache
+        model(ids[:, 10:11], cache=cache)
+    model(ids[:, 11:12], cache=cache)  # afterwards the cache knows
     assert torch.equal(last(model, "gate")[1], gates[3].float())
 
 
@@ -275,9 +275,9 @@ def test_rows_that_leave_with_the_open_gates_leave_the_length_behind():
     model, ids = add_mindskip(build("gemma2"), MindSkipConfig((1, 2))), tokens(rows=2, length=12)
     with fix_gates(model, {1: torch.tensor([True, False]), 2: True}):
         expected = model(ids).logits[1, -1]
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        cache = model(ids[:, :-1], use_cache=True).cache
     cache.reorder_cache(torch.tensor([1, 1]))
-    found = model(ids[[1, 1], -1:], past_key_values=cache).logits[:, -1]
+    found = model(ids[[1, 1], -1:], cache=cache).logits[:, -1]
     torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-4, rtol=1e-3)  # another order of sums
     assert (dense(ids).logits[1, -1] - expected).abs().max() > 0.01
 
