@@ -15,8 +15,7 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
                 U gates in a row: 1, or T where each token has its own
 
 In evaluation mode a closed gate calls nothing and caches nothing. In training mode everything is computed and
-multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode. (The
-default estimator of tune.py runs in evaluation mode: it needs a gradient of the logits alone.)
+multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode.
 `add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
 x_t . w) on attention or blocks, a skipped token has no query, key or value in that layer, as in Mixture of
@@ -32,8 +31,6 @@ from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -76,14 +73,15 @@ def straight_through(score: Tensor, threshold: float | Tensor) -> Tensor:
 class Router(nn.Module):
     """The linear router of one layer: it decides whether the gated part of the layer runs."""
 
+    drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
+    fixed = None  # gates that fix_gates has set; None: the router decides
+    logit = gate = None  # (B, U) of the last forward, with their graph; NaN where a token is padding
+
     def __init__(self, layer: int, config: MindSkipConfig, hidden_size: int, device=None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=device))  # scores of 0.5: open, by default
         self.layer, self.config = layer, config  # index of the decoder layer; what all routers share
         self.is_token = config.granularity.endswith("token")
-        self.drawn = None  # thresholds (B, U) in place of the configured one; tune.py draws gates with them
-        self.fixed = None  # gates that fix_gates has set; None: the router decides
-        self.logit = self.gate = None  # (B, U) of the last forward; NaN where a token is padding
 
     def forward(self, x: Tensor, voters: Tensor) -> Tensor:
         """Logits (B, U), from x (B, T, D) after layer norm and voters (B, T) bool.
@@ -101,23 +99,21 @@ class Router(nn.Module):
         """Gates (B, U) for x (B, T, D): of new sequences, or of these tokens. Notes them for `last`."""
         logit, shape = None, (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
         if self.fixed is None:
-            logit = self(x, None if self.is_token else call.votes(x))
+            logit = self(x, None if self.is_token else call.voters.to(x.device))
             threshold = self.config.threshold if self.drawn is None else self.drawn[:, : shape[1]]
             gate = straight_through(logit.sigmoid(), threshold)
         else:
             gate = torch.as_tensor(self.fixed, device=x.device).float()
-            gate = gate if gate.ndim == 2 else gate.reshape(-1, 1)
+            gate = gate.reshape(-1, 1) if gate.ndim < 2 else gate
             if any(n not in (1, m) for n, m in zip(gate.shape, shape)):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
             gate = gate.expand(shape)
         noted = gate
-        if self.is_token and call.given.get("attention_mask") is not None:  # padding is skipped
-            padding = ~call.real(x)
+        if self.is_token and call.padding is not None:  # it is skipped
+            padding = call.padding.to(x.device)
             gate, noted = gate.masked_fill(padding, 0), gate.masked_fill(padding, torch.nan)
             logit = None if logit is None else logit.masked_fill(padding, torch.nan)
-        # For `last`, with their graph: tune.py differentiates them. Written to __dict__, because nn.Module's
-        # assignment takes long enough to show in the time of short prompts.
-        vars(self).update(logit=logit, gate=noted)
+        vars(self).update(logit=logit, gate=noted)  # nn.Module's own assignment takes time that shows
         return gate
 
     def _apply(self, fn, recurse=True):
@@ -197,117 +193,106 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
             router.fixed = fixed
 
 
-# A layer norm's name doesn't tell what it serves. But in most layers the code does: the result of attention,
-# or of the MLP, replaces the norm's. Its name is captured then, and the norm waits for the gate. Elsewhere (a
-# norm after attention, or shared with the MLP) it stays as it is, which is right, and only takes its time.
+# ---- The gate. Classes named _... are mixed into the classes of the model's modules (_mix_in): modules and
+# names stay, only the class changes. They replace `__call__`, so that hooks of what is skipped don't run.
+
+
+class _Mixin:
+    """What remove_mindskip takes out again."""
+
+
+# Where the result of attention, or of the MLP, replaces that of the layer norm before it, this norm serves it
+# alone and can wait for the gate: its name is captured. Other norms (after attention, or shared) stay as they are.
 _OUTPUT = r"(?:residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(?:\s*#.*)*\s+"
 _OUTPUT += r"hidden_states|\n *\w+)"
 
 
-# ---- The gate. Classes named _... are mixed into the classes of the model's modules (_mix_in): modules and
-# names stay, only the class changes. They replace `__call__`, so that hooks of what is skipped don't run.
-class _Gated:
-    """Mixed into an MLP: three ways to call it. Attention and blocks differ a little (below)."""
+class _Gated(_Mixin):
+    """Mixed into an MLP. Attention and blocks differ a little (below)."""
 
     # Its name in a decoder layer, and how the layer's code calls it: it must take as many values as we give.
     child, use = "mlp", _OUTPUT + r" = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
+    gives_weights = False  # its result is a pair; the second value, attention weights, is left out
     outputs = ("output_router_logits",)  # what a model collects from such modules; skipped ones give none
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
-        router, call = self.router, _current(self)
         hidden, *others = args or [kwargs.pop("hidden_states")]
         kwargs |= zip(_parameters(type(self).forward)[1:], others)
-        if router.training:
-            return self.call_and_multiply(hidden, kwargs, call)
-        # memory: the KV cache's layer, which keeps decisions for decoding; None without a cache.
-        cache, memory = kv_cache(call.given | kwargs), None
-        if cache is not None and (self.skips_keys or not router.is_token):
-            memory = _routed_cache_layer(cache, router, hidden.shape[1])
-        call_on = self.call_on_tokens if router.is_token else self.call_on_rows
-        return call_on(hidden, kwargs, call, memory)
+        call = current_call(self)
+        if self.router.training:
+            output = self.call_and_multiply(hidden, kwargs, call)
+        else:
+            output = self.call_on_kept(hidden, kwargs, call)
+        return (output, None) if self.gives_weights else output
 
-    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor | tuple:
+    def compute(self, x: Tensor, kwargs: dict) -> Tensor:
+        """The module itself."""
+        output = super().__call__(x, **kwargs)
+        return output[0] if self.gives_weights else output
+
+    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Everything is computed, so that closed gates get a gradient."""
         x, tokens = self.normalise(hidden), hidden.shape[1]
         gate = self.router.decide(self.router_input(x), call)  # (B, U)
         if self.router.is_token and self.skips_keys:
-            places = torch.arange(tokens, device=x.device)[None]
-            is_there = (gate.detach() > 0)[:, None] | torch.eye(tokens, device=x.device).bool()  # or itself
-            mask = token_mask(kwargs.get("attention_mask"), places, places, is_there, tokens)
-            kwargs["attention_mask"] = mask
-        output, *more = _as_tuple(super().__call__(x, **kwargs))
+            mask, places = (
+                kwargs.get("attention_mask"),
+                torch.arange(tokens, device=x.device).expand(gate.shape),
+            )
+            kwargs["attention_mask"] = token_mask(mask, places, places, gate > 0, tokens)
+        output = self.compute(x, kwargs)
         gate = gate[..., None].to(output.dtype)  # (B, U, 1)
-        return self.result(output * gate + self.nothing(hidden) * (1 - gate), more)
+        return output * gate + self.nothing(hidden) * (1 - gate)
 
-    def call_on_rows(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
-        """Only the rows whose gate is open are computed. A decision is made once, at prefill."""
-        router, x, memory = self.router, None, memory or SimpleNamespace(gate=None)
-        if memory.gate is None:  # prefill; afterwards no router runs, and no device is waited for
+    def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
+        """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
+        router, x, batch = self.router, None, hidden.shape[0]
+        cache = kv_cache(kwargs) if self.skips_keys else call.cache
+        memory = _routed_cache_layer(cache, router, hidden.shape[1])
+        if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
-            memory.gate = router.decide(hidden if x is None else self.router_input(x), call).detach()
-            memory.rows = memory.gate.nonzero()[:, 0]
-            memory.count, memory.fixed = len(memory.rows), router.fixed
-            # What a closed gate gives. A layer that has an own_norm only adds it: one row of zeros will do.
-            memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])
+            gate = router.decide(hidden if x is None else self.router_input(x), call)
+            memory.keep(gate.detach(), router.fixed)
+            memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])  # enough where the layer only adds it
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
-        elif call.voters is not None and call.voters.shape != hidden.shape[:2]:
-            raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
-        else:
+        else:  # no router runs, and no device is waited for
             vars(router).update(gate=memory.gate, logit=None)
-        rows, count = memory.rows, memory.count
-        if count == hidden.shape[0]:
-            return super().__call__(self.normalise(hidden) if x is None else x, **kwargs)
-        if count == 0:
-            return self.result(memory.nothing if self.own_norm else self.nothing(hidden), [None])
-        x = self.normalise(hidden.index_select(0, rows)) if x is None else x[rows]  # (kept rows, T, D)
-        kwargs = {name: take_rows(value, rows, len(hidden)) for name, value in kwargs.items()}
-        kept, *more = _as_tuple(super().__call__(x, **kwargs))
-        kept = kept.to(hidden.dtype)  # autocast may have changed it
-        return self.result(self.nothing(hidden).index_copy_(0, rows, kept), more)
+        if memory.count == 0:
+            return memory.nothing if self.own_norm else self.nothing(hidden)
+        x = self.normalise(hidden) if x is None else x
+        if memory.count < batch:
+            x = x[memory.rows]  # (R, T, D)
+            kwargs = {name: take_rows(value, memory.rows, batch) for name, value in kwargs.items()}
+        output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
+        if memory.count == batch:
+            return output
+        return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
 
-    def call_on_tokens(self, hidden: Tensor, kwargs: dict, call: "Call", memory) -> Tensor | tuple:
-        """Only tokens whose gate is open are computed. Rows that keep fewer have void columns before them."""
-        x, (batch, tokens) = self.normalise(hidden), hidden.shape[:2]
-        is_open = self.router.decide(self.router_input(x), call) > 0  # (B, T)
-        rows = is_open.any(1).nonzero()[:, 0]  # a row that keeps nothing is left out
-        if len(rows) == 0:
-            return self.result(self.nothing(hidden), [None])
-        kwargs = {name: take_rows(value, rows, batch) for name, value in kwargs.items()}
-        x, is_kept = take_rows(x, rows, batch), take_rows(is_open, rows, batch)
-        mask = kwargs.pop("attention_mask", None)
-        index = torch.arange(tokens, device=x.device).expand(len(rows), -1)  # (kept rows, columns)
-        are_all = tokens == 1 or bool(is_kept.all())  # a single token is, or its row was left out
+    def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
+        """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer have void columns before them."""
+        tokens, is_kept, mask = (
+            x.shape[1],
+            memory.gate[memory.rows] > 0,
+            kwargs.get("attention_mask"),
+        )  # (R, T)
+        index = torch.arange(tokens, device=x.device).expand(is_kept.shape)
+        are_all = tokens == 1 or bool(is_kept.all())
         if not are_all:
             index = is_kept.int().argsort(dim=1, stable=True)[:, tokens - int(is_kept.sum(1).max()) :]
-            is_kept, x = is_kept.gather(1, index), take_tokens(x, index, tokens)
+            is_kept = is_kept.gather(1, index)  # (R, K): K columns
             kwargs = {name: take_tokens(value, index, tokens) for name, value in kwargs.items()}
         if self.skips_keys:
-            kwargs["attention_mask"] = self.mask_of(mask, index, is_kept, tokens, memory, rows, batch)
-        kept, *more = _as_tuple(super().__call__(x, **kwargs))
-        if are_all and len(rows) == batch:
-            return self.result(kept, more)
-        output, (row, column) = self.nothing(hidden), is_kept.nonzero(as_tuple=True)
-        output[rows[row], index[row, column]] = kept[row, column].to(output.dtype)
-        return self.result(output, more)
-
-    def mask_of(self, mask, index: Tensor, is_kept: Tensor, tokens: int, memory, rows: Tensor, batch: int):
-        """The attention mask of the tokens `index` of some rows, which from now on are in the KV cache."""
-        # Tokens so far, with those of this call; and how many of the last ones a sliding window lets through.
-        total = visible = tokens if memory is None else memory.get_seq_length()
-        queries = index + total - tokens  # their places in the sequence
-        keys = queries.where(is_kept, -1)
-        if memory is not None:
-            new, memory.rows = put_rows(keys, rows, batch, -1), rows
-            memory.places = new if memory.places is None else torch.cat([memory.places, new], 1)
-            keys = take_rows(memory.places, rows, batch)
-            visible = min(total, getattr(memory, "sliding_window", total) - 1 + tokens)
-        if keys.shape[1] == total == visible and (keys >= 0).all():
-            return mask  # all tokens so far were kept
-        return token_mask(mask, queries, keys, (keys >= total - visible)[:, None], total)
+            kwargs["attention_mask"] = memory.mask(mask, index, is_kept, tokens)
+        if are_all:
+            return self.compute(x, kwargs)
+        output = self.compute(take_tokens(x, index, tokens), kwargs)
+        whole, (row, column) = self.nothing(x), is_kept.nonzero(as_tuple=True)
+        whole[row, index[row, column]] = output[row, column].to(x.dtype)
+        return whole
 
     def normalise(self, x: Tensor) -> Tensor:
         return self.own_norm[0](x, asked=True) if self.own_norm else x
@@ -320,16 +305,10 @@ class _Gated:
         """A new tensor: what stands where a gate is closed, before the residual stream is added."""
         return torch.zeros_like(hidden)
 
-    def result(self, output: Tensor, more: list) -> Tensor | tuple:
-        return output
-
 
 class _GatedAttention(_Gated):
     child, use = "self_attn", _OUTPUT + r", \w+ = self\.self_attn\("
-    skips_keys, outputs = True, ("output_attentions",)
-
-    def result(self, output: Tensor, more: list) -> tuple:
-        return output, *more  # and the attention weights
+    skips_keys, gives_weights, outputs = True, True, ("output_attentions",)
 
 
 class _GatedBlock(_Gated):
@@ -343,51 +322,17 @@ class _GatedBlock(_Gated):
         return hidden.clone()  # a layer's output has the residual stream in it
 
 
-def _as_tuple(output: Tensor | tuple) -> tuple:
-    return output if isinstance(output, tuple) else (output,)
-
-
-class _DeferredNorm:
+class _DeferredNorm(_Mixin):
     """Mixed into the norm that serves a gated module alone: it does nothing until the gate asks."""
 
     def __call__(self, x: Tensor, asked: bool = False) -> Tensor:
         return super().__call__(x) if asked else x
 
 
-def take_tokens(value, index: Tensor, tokens: int):
-    """The tokens `index` (B, K) of everything that has one entry for each token, (B or 1, T, ...)."""
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, len(index)):
-        if value.shape[1] == tokens:
-            rows = torch.arange(len(index), device=index.device)[:, None]
-            return value.expand(len(index), *value.shape[1:])[rows, index]
-    return tuple(take_tokens(item, index, tokens) for item in value) if isinstance(value, tuple) else value
-
-
-def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """The attention mask (B, 1, Q, K) of kept tokens: `mask` (B, 1, T, S), or causality if that is None.
-
-    queries (B, Q), keys (B, K): their places in a sequence of `total` tokens. is_there: (B, Q or 1, K) bool,
-    keys that can be seen at all.
-    """
-    is_seen = is_there & (keys[:, None] <= queries[..., None])
-    if mask is None:
-        return is_seen[:, None]
-    if mask.ndim != 4:
-        raise ValueError("a gate for each token needs the attention implementation eager or sdpa")
-    queries, keys = queries - total + mask.shape[2], keys - total + mask.shape[3]  # a window has fewer keys
-    is_seen = is_seen[:, None]  # (B, 1, Q, K)
-    rows, columns = torch.arange(len(is_seen), device=mask.device)[:, None, None], keys.clamp(0)[:, None]
-    mask = mask.expand(len(is_seen), -1, -1, -1)[rows, :, queries[..., None], columns].movedim(-1, 1)
-    never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(~is_seen, never)
-
-
 def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        if isinstance(rows, slice):
-            return value[rows]
-        return value if len(rows) == batch else value.index_select(0, rows)
+        return value[rows]
     return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
@@ -398,98 +343,116 @@ def put_rows(kept: Tensor, rows: Tensor, batch: int, empty: int = 0) -> Tensor:
     return kept.new_full((batch, *kept.shape[1:]), empty).index_copy_(0, rows, kept)
 
 
+def take_tokens(value, index: Tensor, tokens: int):
+    """The tokens `index` (R, K) of everything that has one entry for each token, (R or 1, T, ...)."""
+    shapes = (1, tokens), (len(index), tokens)
+    if isinstance(value, Tensor) and value.shape[:2] in shapes:
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return value.expand(len(index), *value.shape[1:])[rows, index]
+    return tuple(take_tokens(item, index, tokens) for item in value) if isinstance(value, tuple) else value
+
+
+def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
+    """The attention mask (R, 1, Q, K) of kept tokens: a token sees itself, and those before it that are there.
+
+    mask: (R or 1, 1, T, S), of all tokens; None: causality. queries (R, Q), keys (R, K): places in a sequence
+    of `total` tokens, -1 for a void column. is_there: (R, K) bool.
+    """
+    queries, keys, is_there = queries[..., None], keys[:, None], is_there[:, None]
+    is_seen = (is_there & (keys < queries) | (keys == queries))[:, None]  # (R, 1, Q, K)
+    if mask is None:
+        return is_seen
+    rows = torch.arange(len(keys), device=mask.device)[:, None, None]
+    queries, keys = queries - total + mask.shape[2], keys - total + mask.shape[3]  # a window has fewer keys
+    mask = mask.expand(len(keys), -1, -1, -1)[rows, :, queries, keys.clamp(0)].movedim(-1, 1)
+    return mask.masked_fill(~is_seen, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
 # ---- Who votes. A Call is one forward pass. It isn't kept on the model, which two threads may use at once.
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thread has its own
+_PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)  # in `generate`: tokens of the prompt
 
 
-class Call(NamedTuple):
-    """What tells who votes in one forward pass."""
+@dataclass
+class Call:
+    """What the routers of one forward pass need to know of it."""
 
-    voters: Tensor | None  # (B, T) bool, if the user or the labels tell
-    prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
-    given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
-
-    def real(self, x: Tensor) -> Tensor:
-        """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
-        padding = self.given.get("attention_mask")
-        if isinstance(padding, Tensor) and padding.ndim == 2:
-            return padding[:, -x.shape[1] :].bool().to(x.device)
-        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-    def votes(self, x: Tensor) -> Tensor:
-        """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
-        if "votes" in self.given:  # another layer asked
-            return self.given["votes"].to(x.device)
-        padding, places, mask = self.given.get("attention_mask"), self.given.get("position_ids"), self.real(x)
-        if self.voters is not None:
-            if self.voters.shape != x.shape[:2] or self.voters.dtype != torch.bool:
-                told = f"{self.voters.dtype} {(*self.voters.shape,)}"
-                raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {told}")
-            mask = mask & self.voters.to(x.device)
-        elif padding is not None and getattr(padding, "ndim", None) != 2:
-            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
-        elif padding is None and places is not None and (places.diff() < 0).any():
-            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
-        if self.prompt is not None:
-            if x.shape[1] < self.prompt:
-                raise ValueError(f"a decision needs the whole prompt: {self.prompt} tokens, not {x.shape[1]}")
-            mask = mask & (torch.arange(x.shape[1], device=x.device) < self.prompt)
-        if rows := (~mask.any(1)).nonzero()[:, 0].tolist():
-            raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
-        self.given["votes"] = mask
-        return mask
-
-    def run(self, function, *args, **kwargs):
-        """function(*args, **kwargs), during which this is the current call."""
-        context = copy_context()
-        context.run(_CALL.set, self)
-        return context.run(function, *args, **kwargs)
+    voters: Tensor | None  # (B, T) bool; None when a KV cache goes on, or each token decides for itself
+    padding: Tensor | None  # (B, T) bool
+    cache: Cache | None = None  # for MLPs, which the model doesn't tell of it
 
 
-class _CallingModel:
-    """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
+def _run_with(variable: ContextVar, value, function, *args, **kwargs):
+    context = copy_context()
+    context.run(variable.set, value)
+    return context.run(function, *args, **kwargs)
+
+
+class _RoutedModel(_Mixin):
+    """Mixed into the model, and into its decoder, which may be called by itself."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
-        kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
-        for name in () if self.training else self.skipped_outputs:
-            if kwargs.get(name, getattr(self.config, name, False)):
-                raise ValueError(f"{name}: what a gate skips gives none")
-        if self.training and (cache := kv_cache(kwargs)) and cache.get_seq_length() > 0:
-            raise ValueError("training mode cannot continue a KV cache: call model.eval()")
-        if voters is None and (labels := kwargs.get("labels")) is not None:
-            # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
-            voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-            if (labels[:, 0] != -100).any() and not routers(self)[0].is_token:
-                warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=2)
-        elif voters is None and outer is not None:
-            voters = outer.voters
-        ids, is_told = kwargs.get("input_ids"), voters is not None or outer is not None
-        has_padding = getattr(self.config, "pad_token_id", None) is not None
-        if has_padding and ids is not None and ids.shape[1] > 1 and not is_told:  # transformers' own method
-            self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
-        # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
-        prompt = outer.prompt if outer and (outer.given or kwargs.get("inputs_embeds") is None) else None
-        given = dict(kwargs)
-        if outer and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made by a multimodal wrapper
-            given["attention_mask"] = outer.given.get("attention_mask")
-        return Call(voters, prompt, given).run(super().__call__, **kwargs)
+        if _CALL.get() is not None:  # the decoder, in a call of the model
+            return super().__call__(*args, **kwargs)
+        kwargs |= zip(_parameters(type(self).forward), args)
+        return _run_with(_CALL, self.begin(voters, kwargs), super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
-        return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
+        return _run_with(_PROMPT, prompt, super().generate, inputs, *args, **kwargs)
 
-
-def kv_cache(given: dict) -> Cache | None:
-    """The KV cache among a call's arguments, by its type: transformers 5.24 calls it another name than 5.23."""
-    return next((value for value in given.values() if isinstance(value, Cache)), None)
+    def begin(self, voters: Tensor | None, given: dict) -> Call:
+        """Who votes, by the model's arguments. ValueError if they don't tell, or ask for what a gate skips."""
+        ids, mask, labels, places = map(given.get, ("input_ids", "attention_mask", "labels", "position_ids"))
+        shape = (given["inputs_embeds"] if ids is None else ids).shape[:2]  # (B, T)
+        padding = ~mask[:, -shape[1] :].bool() if getattr(mask, "ndim", 0) == 2 else None
+        cache, is_token = kv_cache(given), self.granularity.endswith("token")
+        for name in _GATED[self.granularity.split("-")[0]].outputs:
+            if given.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name}: what a gate skips gives none")
+        if cache is not None and cache.get_seq_length() > 0:
+            if self.training or voters is not None:
+                raise ValueError("a KV cache has its decisions already: no voters now, and no training mode")
+            return Call(None, padding)
+        if voters is not None:
+            if voters.shape != shape or voters.dtype != torch.bool:
+                raise ValueError(f"voters must be bool {(*shape,)}, got {voters.dtype} {(*voters.shape,)}")
+        elif labels is not None:
+            # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
+            voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
+            if (labels[:, 0] != -100).any() and not is_token:
+                warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=3)
+        elif mask is not None and padding is None:
+            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
+        elif mask is None and places is not None and (places.diff() < 0).any():
+            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
+        else:
+            voters = torch.ones(shape, dtype=torch.bool, device=self.device)
+            if ids is not None and getattr(self.config, "pad_token_id", None) is not None:
+                self.warn_if_padding_and_no_attention_mask(ids, mask)  # transformers' own method
+        if padding is not None:
+            voters = voters & ~padding
+        # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
+        if ids is not None and (prompt := _PROMPT.get()) is not None:
+            if shape[1] < prompt:
+                raise ValueError(f"a decision needs the whole prompt: {prompt} tokens, not {shape[1]}")
+            voters = voters & (torch.arange(shape[1], device=voters.device) < prompt)
+        if not is_token and (rows := (~voters.any(1)).nonzero()[:, 0].tolist()):
+            raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
+        return Call(voters, padding)
 
 
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
 
 
-def _current(module: nn.Module) -> Call:
+def kv_cache(given: dict) -> Cache | None:
+    """The KV cache among a call's arguments, by its type: its name has changed (transformers 5.24)."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
+
+
+def current_call(module: nn.Module) -> Call:
     """The call that this module runs in. ValueError if there is none, or it would train wrongly."""
     if (call := _CALL.get()) is None:
         raise ValueError("a routed layer was called by itself: call the model, or its decoder")
@@ -500,7 +463,7 @@ def _current(module: nn.Module) -> Call:
     return call
 
 
-class _RoutedLayer:
+class _RoutedLayer(_Mixin):
     """Mixed into a decoder layer whose attention or MLP is gated: passes the current Call on to the gate.
 
     In training, as an argument: arguments are all that gradient checkpointing keeps until it runs `forward`
@@ -508,14 +471,15 @@ class _RoutedLayer:
     """
 
     def __call__(self, *args, **kwargs):
-        call = _current(self)
+        call = current_call(self)
         if self.training:
             return super().__call__(*args, call=call, **kwargs)
-        call.given["cache"] = kv_cache(kwargs)
+        call.cache = kv_cache(kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, call: Call | None = None, **kwargs):
-        return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
+        run = super().forward
+        return _run_with(_CALL, call, run, *args, **kwargs) if call else run(*args, **kwargs)
 
 
 # ---- Where a decision lives: with the KV cache.
@@ -523,103 +487,108 @@ ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and to
 
 
 class _RoutedCacheLayer(CacheLayerMixin):
-    """Mixed into a layer of a KV cache, which may hold fewer keys than the model has seen."""
+    """Mixed into a layer of a KV cache: what gates keep, and keys and values of that alone.
 
+    Those of kept rows, or of kept tokens, with void columns in rows that keep fewer.
+    """
+
+    granularity = None  # gates of MLPs leave all keys there
+    gate = rows = count = None  # (B, U), None before routing; indices of rows that keep something; how many
+    fixed = nothing = None  # gates that overruled the router; what closed attention gives
+    places = None  # with gates for tokens: (B, columns), a key's place in the sequence, -1 where it is void
     first = None  # the cache's first layer, which knows the length even where this one is closed
+
+    def keep(self, gate: Tensor, fixed) -> None:
+        self.gate, self.fixed, self.rows = gate, fixed, (gate > 0).any(1).nonzero()[:, 0]
+        self.count = len(self.rows)
+
+    def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
+        """The attention mask of tokens `index` (R, K), whose keys are kept from now on: (R, 1, K, columns)."""
+        # Tokens so far, with those of this call; and how many of the last ones a sliding window lets through.
+        total = tokens if self.first is None else self.first.get_seq_length()
+        visible = min(total, getattr(self, "sliding_window", total) - 1 + tokens)
+        queries = index + total - tokens  # their places in the sequence
+        new = put_rows(queries.where(is_kept, -1), self.rows, len(self.gate), -1)
+        self.places = new if self.places is None else torch.cat([self.places, new], 1)
+        keys = self.places[self.rows]
+        if keys.shape[1] == total == visible and (keys >= 0).all():
+            return mask  # all tokens so far were kept
+        return token_mask(mask, queries, keys, keys >= total - visible, total)
+
+    def get_seq_length(self) -> int:
+        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
+        is_known = self.granularity.startswith("mlp") or (self.places is None and self.count)
+        return super().get_seq_length() if is_known else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.cumulative_length = self.get_seq_length()  # a sliding window counts only tokens that it gets
         return super().get_mask_sizes(query_length)
 
-    def batch_select_indices(self, index: Tensor) -> None:
-        self.reorder_cache(index)
-
-    def reset(self) -> None:
-        self.gate = self.places = None  # of rows, of tokens: nothing is decided
-        super().reset()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:  # the first layer's rows are repeated already
-        self.reorder_cache(torch.arange(len(self.first.keys) // repeats).repeat_interleave(repeats))
-
-
-class _RowCacheLayer(_RoutedCacheLayer):
-    """The decision of each row; keys and values of the kept rows only, but of all where an MLP is gated."""
-
-    gate = rows = count = None  # (B, 1), None before routing; indices of the open rows; how many
-    fixed = nothing = None  # gates that overruled the router; what closed attention gives
-    has_all_keys = False
-
-    def get_seq_length(self) -> int:
-        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
-        is_known = self.count or self.has_all_keys
-        return super().get_seq_length() if is_known else self.first.get_seq_length()
-
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if len(keys) != self.count and not self.has_all_keys:
+        columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
+        is_of_gate = len(keys) == self.count and (self.places is None or self.places.shape[1] == columns)
+        if not is_of_gate and not self.granularity.startswith("mlp"):
             raise ValueError(f"a routed model made this KV cache: {self.count} of {len(keys)} rows")
-        return super().update(keys, values, *args, **kwargs)
+        if self.places is None:
+            return super().update(keys, values, *args, **kwargs)
+        # Not a sliding window's own update: it would forget columns, some of which may be void.
+        rows, batch = self.rows, len(self.places)
+        cached = DynamicLayer.update(self, put_rows(keys, rows, batch), put_rows(values, rows, batch))
+        return cached if len(rows) == batch else take_rows(cached, rows, batch)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.is_initialized:  # else closed for all rows
+        if self.places is not None:  # the first layer was cropped before
+            self.places = self.places.where(self.places < self.get_seq_length(), -1)
+        elif self.is_initialized:  # else closed for all rows
             super().crop(tokens_to_remove)
         if not self.first.get_seq_length():  # what comes next is a new prompt
             self.reset()
+
+    def reset(self) -> None:
+        self.gate = self.places = None  # nothing is decided
+        super().reset()
 
     def reorder_cache(self, index: Tensor) -> None:
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
         if self.gate is None:
             return
-        index = index.to(self.gate.device)
-        place = self.gate.flatten().cumsum(0).long()[index] - 1  # where a kept row's keys are
-        self.gate = self.gate[index]
-        self.rows = self.gate.nonzero()[:, 0]
-        self.count = len(self.rows)
-        if self.is_initialized:
-            super().reorder_cache(index if self.has_all_keys else place[self.rows])
-
-
-class _TokenCacheLayer(_RoutedCacheLayer):
-    """Keys and values of the kept tokens only. Rows that keep fewer have void columns among them."""
-
-    places = None  # (B, columns): a column's place in the sequence, -1 where it is void
-    rows = None  # that keep a token of this call
-
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        cached = self.keys.shape[2] if self.is_initialized else 0
-        if self.places is None or self.places.shape[1] != cached + keys.shape[2]:
-            raise ValueError("a routed model made this KV cache")
-        rows, batch = self.rows, len(self.places)
-        # Not a sliding window's own update: it would forget columns, some of which may be void.
-        cached = DynamicLayer.update(self, put_rows(keys, rows, batch), put_rows(values, rows, batch))
-        return take_rows(cached, rows, batch)
-
-    def get_seq_length(self) -> int:
-        return self.first.get_seq_length()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.places is not None:  # the first layer was cropped before
-            self.places = self.places.where(self.places < self.get_seq_length(), -1)
-
-    def reorder_cache(self, index: Tensor) -> None:
+        index, place = (
+            index.to(self.gate.device),
+            (self.gate > 0).any(1).cumsum(0) - 1,
+        )  # of a kept row's keys
+        self.keep(self.gate[index], self.fixed)
         if self.places is not None:
-            index = index.to(self.places.device)
-            self.keys, self.values, self.places = self.keys[index], self.values[index], self.places[index]
+            self.places = self.places[index]
+        elif not self.granularity.startswith("mlp"):
+            index = place[index[self.rows]]
+        if self.is_initialized:
+            super().reorder_cache(index)
+
+    def batch_select_indices(self, index: Tensor) -> None:
+        self.reorder_cache(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:  # the first layer's rows are repeated already
+        self.reorder_cache(torch.arange(len(self.first.keys) // repeats).repeat_interleave(repeats))
 
 
-def _routed_cache_layer(cache: Cache, router: Router, tokens: int) -> _RoutedCacheLayer:
-    """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens."""
-    i, is_mlp = router.layer, router.config.granularity.startswith("mlp")
+def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _RoutedCacheLayer:
+    """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens.
+
+    Without a cache, a layer for this call alone.
+    """
+    if cache is None:
+        return _mixed(_RoutedCacheLayer, DynamicLayer)()
+    i, granularity = router.layer, router.config.granularity
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
-    kind = _TokenCacheLayer if router.is_token else _RowCacheLayer
-    if not isinstance(layer := cache.layers[i], kind):
-        layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
+    if getattr(layer := cache.layers[i], "granularity", None) != granularity:
         # Before an MLP, the attention of its layer has cached what this call brought.
-        is_new = type(layer) in ROUTABLE and layer.get_seq_length() <= is_mlp * tokens
-        if not is_new or getattr(cache, "offloading", False):
+        is_new = layer.get_seq_length() <= (tokens if granularity.startswith("mlp") else 0)
+        if type(layer) not in ROUTABLE or not is_new or getattr(cache, "offloading", False):
             raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
-        _mix_in({layer: kind})
-        layer.has_all_keys = is_mlp
+        layer.granularity = granularity
+        layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
+        _mix_in({layer: _RoutedCacheLayer})
     return layer
 
 
@@ -654,16 +623,18 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     """
     if routers(model):
         raise ValueError("the model has MindSkip routers already: call remove_mindskip first")
-    decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
     if not set(config.layers) <= set(fit := attention_layers(model)[1:]):
         raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
-    is_token, attention = config.granularity.endswith("token"), model.config._attn_implementation
-    if is_token and (getattr(text, "attn_temperature_tuning", 0) or attention not in ("eager", "sdpa")):
+    decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
+    what, unit = config.granularity.split("-")
+    attention = model.config._attn_implementation
+    if unit == "token" and (
+        getattr(text, "attn_temperature_tuning", 0) or attention not in ("eager", "sdpa")
+    ):
         raise ValueError(f"gates for tokens need eager or sdpa attention, without temperature: {attention}")
     if getattr(text, "num_kv_shared_layers", 0) or attention == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")
-    what = config.granularity.split("-")[0]
-    new = []  # all that can fail comes before the first change
+    mixins, gated = dict.fromkeys((model, decoder), _RoutedModel), {}  # all that can fail comes first
     for i in config.layers:
         layer = decoder.layers[i]
         sublayer = gated_module(layer, config.granularity)
@@ -673,27 +644,22 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         router = Router(i, config, text.hidden_size, next(sublayer.parameters()).device)
         router.train(layer.training)  # a new module is in training mode, and would skip nothing
         norm = tuple(getattr(layer, name) for name in found.groups() if name)
-        new.append((layer, sublayer, router, norm))
-    for layer, sublayer, router, norm in new:
-        sublayer.router, sublayer.own_norm = router, norm
-        if layer is not sublayer:
-            _mix_in({layer: _RoutedLayer})
-        _mix_in({sublayer: _GATED[what]} | dict.fromkeys(norm, _DeferredNorm))
-    _mix_in({model: _CallingModel, decoder: _CallingModel})
-    model.skipped_outputs = decoder.skipped_outputs = _GATED[what].outputs
+        gated[sublayer] = router, norm
+        mixins |= {layer: _RoutedLayer} | {sublayer: _GATED[what]} | dict.fromkeys(norm, _DeferredNorm)
+    for sublayer, added in gated.items():
+        sublayer.router, sublayer.own_norm = added
+    _mix_in(mixins)
+    model.granularity = decoder.granularity = config.granularity
     return model
 
 
 def remove_mindskip(model: nn.Module) -> nn.Module:
     """The original model again: the same modules, of the same classes, with nothing added."""
-    decoder = decoder_of(model)
-    for layer in (decoder.layers[router.layer] for router in routers(model)):
-        sublayer = next(one for one in layer.modules() if isinstance(one, _Gated))
-        _mix_in(dict.fromkeys({layer, sublayer, *sublayer.own_norm}))
-        del sublayer.router, sublayer.own_norm
-    for one in [one for one in {model, decoder} if isinstance(one, _CallingModel)]:
-        _mix_in({one: None})
-        del one.skipped_outputs
+    for module in [one for one in model.modules() if isinstance(one, _Mixin)]:
+        _mix_in({module: None})
+        if isinstance(getattr(module, "router", None), Router):
+            del module.router, module.own_norm
+        vars(module).pop("granularity", None)
     return model
 
 

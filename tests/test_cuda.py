@@ -58,25 +58,25 @@ def test_rows_of_a_mixed_batch_equal_each_row_alone(dtype):
     gates = {i: gate.to(DEVICE) for i, gate in MIXED.items()}
     with fix_gates(model, gates):
         output = model(ids)
-    step = model(ids[:, :1], cache=output.cache).logits
+    step = model(ids[:, :1], past_key_values=output.past_key_values).logits
     for row in range(4):
         with fix_gates(model, {i: gate[row : row + 1] for i, gate in gates.items()}):
             alone = model(ids[row : row + 1])
         close(output.logits[row], alone.logits[0])
-        close(step[row], model(ids[row : row + 1, :1], cache=alone.cache).logits[0])
+        close(step[row], model(ids[row : row + 1, :1], past_key_values=alone.past_key_values).logits[0])
 
 
 @torch.no_grad()
 def test_decoding_rows_that_agree_never_waits_for_the_device():
     model, ids = build_routed().to(DEVICE), tokens().to(DEVICE)
     with fix_gates(model, {2: True, 3: False, 4: True}):
-        cache = model(ids).cache
+        cache = model(ids).past_key_values
     token = ids[:, :1].clone()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            model(token, cache=cache)
+            model(token, past_key_values=cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -132,9 +132,9 @@ def test_cached_decoding_equals_the_uncached_forward(granularity, family, is_pad
     cache, found, fixed = None, [], {}
     for start, end in [(0, 16), (16, 17), (17, 18), (18, 21), (21, 24)]:  # prefill, tokens, chunks
         given = {"attention_mask": mask[:, :end]} if is_padded else {}
-        given |= {"position_ids": places[:, start:end], "cache": cache, "use_cache": True}
+        given |= {"position_ids": places[:, start:end], "past_key_values": cache, "use_cache": True}
         output = model(ids[:, start:end], **given)
-        cache = output.cache
+        cache = output.past_key_values
         found.append(output.logits)
         if start == 0 and granularity.endswith("sequence"):
             fixed = decisions(model)  # kept with the cache
@@ -174,14 +174,13 @@ def test_closed_gates_call_nothing_and_cache_nothing(granularity, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", counted)
     with fix_gates(model, dict.fromkeys(ROUTED, False)):
-        cache = model(tokens()).cache
-        model(tokens(length=1), cache=cache)
+        cache = model(tokens()).past_key_values
+        model(tokens(length=1), past_key_values=cache)
     assert keep_ratio(model) == 0.0
     assert calls.count("self_attn") == 2 * (6 if what == "mlp" else 3)
     assert calls.count("mlp") == 2 * (6 if what == "attention" else 3)
-    # A router of tokens sees each token after the norm. Otherwise the norm of what is skipped is skipped, too.
-    norms = {"attention-token": 13, "mlp-token": 13, "attention-sequence": 10, "mlp-sequence": 10}
-    assert calls.count("input_layernorm") == 2 * norms.get(granularity, 7)
+    # The norm of what is skipped is skipped, too.
+    assert calls.count("input_layernorm") == 2 * (7 if what == "block" else 10)
     assert [layer.is_initialized for layer in cache.layers] == [
         i not in ROUTED or what == "mlp" for i in range(6)
     ]
@@ -201,7 +200,7 @@ def test_only_kept_tokens_are_computed_and_cached(granularity, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", counted)
-    cache = model(ids).cache
+    cache = model(ids).past_key_values
     kept = last(model, "gate").sum((1, 2)).int().tolist()
     assert sizes == [(1, count) for count in (20, 20, *kept, 20)] and 0 < min(kept) < max(kept)
     if what != "mlp":
@@ -214,17 +213,17 @@ def test_only_kept_tokens_are_computed_and_cached(granularity, monkeypatch):
 
 @torch.no_grad()
 def test_a_step_of_decoding_copies_no_keys_where_every_row_keeps_its_token(monkeypatch):
-    model, copied, update = build_gated("attention-token"), [], mindskip._TokenCacheLayer.update
+    model, copied, update = build_gated("attention-token"), [], mindskip._RoutedCacheLayer.update
 
     def watched(self, *args, **kwargs):
         found = update(self, *args, **kwargs)
         copied.append(found[0] is not self.keys or found[1] is not self.values)
         return found
 
-    cache = model(tokens()).cache
-    monkeypatch.setattr(mindskip._TokenCacheLayer, "update", watched)
+    cache = model(tokens()).past_key_values
+    monkeypatch.setattr(mindskip._RoutedCacheLayer, "update", watched)
     with fix_gates(model, dict.fromkeys(ROUTED, True)):
-        model(tokens(length=1), cache=cache)
+        model(tokens(length=1), past_key_values=cache)
     assert copied == [False] * 3
 
 
@@ -245,7 +244,7 @@ def test_a_token_decides_without_those_after_it_and_padding_never_counts(granula
     assert keep_ratio(model) == pytest.approx(kept / real)
     assert torch.equal(last(model, "gate")[:, 1:], gates[:, 1:])
     with fix_gates(model, dict.fromkeys(ROUTED, True)):
-        cache = model(ids[:1], attention_mask=mask[:1]).cache
+        cache = model(ids[:1], attention_mask=mask[:1]).past_key_values
     cached = 20 if granularity == "mlp-token" else 15  # padding is skipped even where gates are fixed
     assert [cache.layers[i].keys.shape[2] for i in ROUTED] == [cached] * 3
 
@@ -275,23 +274,23 @@ def test_cache_operations_keep_decisions_with_their_rows(granularity):
             (lambda cache: cache.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
             (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
         ]:
-            cache = model(ids).cache
+            cache = model(ids).past_key_values
             expected = [
-                model(more[:1], cache=model(ids[i : i + 1]).cache).logits for i in index
+                model(more[:1], past_key_values=model(ids[i : i + 1]).past_key_values).logits for i in index
             ]
             operate(cache)
-            found = model(more[:1].expand(len(index), -1), cache=cache).logits
+            found = model(more[:1].expand(len(index), -1), past_key_values=cache).logits
             torch.testing.assert_close(found, torch.cat(expected), **CLOSE)
-        cache = model(ids).cache
-        model(more, cache=cache)
+        cache = model(ids).past_key_values
+        model(more, past_key_values=cache)
         cache.crop(-3)
-        found = model(more, cache=cache).logits
-        again = model(more, cache=model(ids).cache).logits
+        found = model(more, past_key_values=cache).logits
+        again = model(more, past_key_values=model(ids).past_key_values).logits
         torch.testing.assert_close(found, again, **CLOSE)
         cache.crop(-23)
-        torch.testing.assert_close(model(more, cache=cache).logits, model(more).logits, **CLOSE)
+        torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more).logits, **CLOSE)
         cache.reset()
-        torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, **CLOSE)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("granularity", OTHERS)
@@ -424,8 +423,8 @@ def test_keys_and_values_may_differ_in_size(granularity):
     add_mindskip(model, MindSkipConfig(ROUTED, granularity))
     ids, gates = tokens(), dict.fromkeys(ROUTED, torch.tensor([True, False, True, False]))
     with fix_gates(model, gates):
-        cache = model(ids[:, :16]).cache
-        found = model(ids[:, 16:], cache=cache).logits
+        cache = model(ids[:, :16]).past_key_values
+        found = model(ids[:, 16:], past_key_values=cache).logits
         torch.testing.assert_close(found, model(ids).logits[:, 16:], **CLOSE)
 
 
@@ -434,18 +433,17 @@ def test_what_a_skipped_block_cannot_give_is_refused():
     model, ids = build_gated("block-token"), tokens()
     with pytest.raises(ValueError, match="output_hidden_states: what a gate skips"):
         model(ids, output_hidden_states=True)
-    assert len(model.train()(ids, output_hidden_states=True, use_cache=False).hidden_states) == 7
     with pytest.raises(ValueError, match="output_router_logits: what a gate skips"):
         build_gated("block-token", "mixtral")(ids, output_router_logits=True)
     offloaded = transformers.DynamicCache(config=model.config)
     offloaded.offloading = True
     with pytest.raises(ValueError, match="routing needs a new DynamicCache"):
         _routed_cache_layer(offloaded, routers(model)[0], 20)  # the model itself would need CUDA's streams
-    cache = model.eval()(ids).cache
+    cache = model.eval()(ids).past_key_values
     with pytest.raises(ValueError, match="routing needs a new DynamicCache"):  # of another granularity
-        model(ids[:, :1], cache=build_gated("block-sequence")(ids).cache)
+        model(ids[:, :1], past_key_values=build_gated("block-sequence")(ids).past_key_values)
     with pytest.raises(ValueError, match="a routed model made this KV cache"):
-        remove_mindskip(model)(ids[:, :1], cache=cache)
+        remove_mindskip(model)(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="eager or sdpa"):
         add_mindskip(build("llama4", attn_temperature_tuning=True), MindSkipConfig(ROUTED, "attention-token"))
 

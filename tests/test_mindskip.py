@@ -133,7 +133,7 @@ def test_closed_gate_equals_removed_attention_and_calls_nothing(family, monkeypa
     assert not any(call is norm for call in norm_calls for norm in norms)
     assert (norms == []) == (family in ("olmo2", "cohere"))
     for i in ROUTED:
-        assert not output.cache.layers[i].is_initialized
+        assert not output.past_key_values.layers[i].is_initialized
     assert keep_ratio(model) == 0.0
 
 
@@ -255,10 +255,10 @@ def test_cached_generation_with_every_gate_closed(family):
 def test_decoding_calls_no_router(monkeypatch):
     model, ids = build_routed(), tokens()
     calls = count_calls(monkeypatch, routers(model)[0])
-    cache = model(ids).cache
+    cache = model(ids).past_key_values
     assert len(calls) == len(ROUTED)
     for i in range(3):
-        model(tokens(length=2, seed=i), cache=cache)
+        model(tokens(length=2, seed=i), past_key_values=cache)
     assert len(calls) == len(ROUTED)
     assert cache.get_seq_length() == 26
 
@@ -266,8 +266,8 @@ def test_decoding_calls_no_router(monkeypatch):
 def test_only_kept_rows_are_cached():
     model, ids = build_routed(), tokens()
     with fix_gates(model, MIXED):
-        cache = model(ids).cache
-        model(ids[:, :1], cache=cache)
+        cache = model(ids).past_key_values
+        model(ids[:, :1], past_key_values=cache)
     for i, gate in MIXED.items():
         layer = cache.layers[i]
         assert layer.keys is None if not gate.any() else layer.keys.shape[0] == gate.sum()
@@ -279,11 +279,11 @@ def test_only_kept_rows_are_cached():
 def test_a_layer_that_is_left_without_rows_still_knows_the_length(name):
     model, ids, more = build_routed(name), tokens(), tokens(rows=2, length=3, seed=5)
     with fix_gates(model, MIXED):
-        cache = model(ids).cache
+        cache = model(ids).past_key_values
     cache.batch_select_indices(torch.tensor([1, 3]))  # closed in layer 2
     with fix_gates(model, {i: gate[[1, 3]] for i, gate in MIXED.items()}):
         expected = model(torch.cat([ids[[1, 3]], more], 1)).logits[:, 20:]
-    torch.testing.assert_close(model(more, cache=cache).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_interleaved_generations_do_not_meet():
@@ -300,7 +300,7 @@ def test_interleaved_generations_do_not_meet():
     patterns = set()
     for _ in range(6):
         for k in range(len(prompts)):
-            token = model(inputs[k], cache=caches[k]).logits[:, -1:].argmax(-1)
+            token = model(inputs[k], past_key_values=caches[k]).logits[:, -1:].argmax(-1)
             patterns.add(tuple(last(model, "gate").flatten().tolist()))
             sequences[k], inputs[k] = torch.cat([sequences[k], token], 1), token
     assert len(patterns) > 1  # else they could not disturb each other
@@ -333,9 +333,9 @@ def test_threads_that_share_a_model_do_not_meet():
 
 def test_a_second_turn_and_a_later_chunk_follow_the_first_decision():
     model, ids, more = build_routed(), tokens(), tokens(length=7, seed=5)
-    cache = model(ids).cache
+    cache = model(ids).past_key_values
     gates = decisions(model)
-    logits = model(more, cache=cache).logits
+    logits = model(more, past_key_values=cache).logits
     with fix_gates(model, gates):
         whole = model(torch.cat([ids, more], 1)).logits
     torch.testing.assert_close(logits, whole[:, 20:], atol=1e-5, rtol=1e-5)
@@ -360,17 +360,17 @@ def test_cache_rows_can_be_reordered_selected_and_repeated():
     for change in ("reorder_cache", "batch_select_indices"):
         for index in ([3, 3, 0, 1], [2, 0], [1, 3]):
             with fix_gates(model, MIXED):
-                cache = model(ids).cache
+                cache = model(ids).past_key_values
             getattr(cache, change)(torch.tensor(index))
-            got = model(step[: len(index)], cache=cache).logits
+            got = model(step[: len(index)], past_key_values=cache).logits
             with fix_gates(model, {i: gate[index] for i, gate in MIXED.items()}):
                 wanted = model(torch.cat([ids[index], step[: len(index)]], 1)).logits[:, -1:]
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     with fix_gates(model, MIXED):
-        cache = model(ids).cache
+        cache = model(ids).past_key_values
     cache.batch_repeat_interleave(2)
     index = [0, 0, 1, 1, 2, 2, 3, 3]
-    got = model(step[[0] * 8], cache=cache).logits
+    got = model(step[[0] * 8], past_key_values=cache).logits
     with fix_gates(model, {i: gate[index] for i, gate in MIXED.items()}):
         wanted = model(torch.cat([ids[index], step[[0] * 8]], 1)).logits[:, -1:]
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
@@ -380,41 +380,41 @@ def test_cache_rows_can_be_reordered_selected_and_repeated():
 def test_a_cropped_or_copied_cache_goes_on():
     model, ids, step = build_routed(), tokens(), tokens(length=1, seed=9)
     with fix_gates(model, MIXED):
-        cache = model(ids).cache
+        cache = model(ids).past_key_values
         copied = copy.deepcopy(cache)
         wanted = model(torch.cat([ids[:, :15], step], 1)).logits[:, -1:]
         whole = model(torch.cat([ids, step], 1)).logits[:, -1:]
     cache.crop(-5)
-    torch.testing.assert_close(model(step, cache=cache).logits, wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(step, cache=copied).logits, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(step, past_key_values=cache).logits, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(step, past_key_values=copied).logits, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_reset_cache_is_routed_anew():
     model, ids = build_routed(), tokens()
     with fix_gates(model, CLOSED):
-        cache = model(ids).cache
+        cache = model(ids).past_key_values
     cache.reset()
-    logits = model(ids, cache=cache).logits
+    logits = model(ids, past_key_values=cache).logits
     torch.testing.assert_close(logits, model(ids).logits)
     assert keep_ratio(model) > 0
 
 
 def test_caches_that_do_not_fit_are_refused():
     model, ids = build(), tokens()
-    begun_dense = model(ids).cache
+    begun_dense = model(ids).past_key_values
     static = StaticCache(config=model.config, max_cache_len=64)
     add_mindskip(model, MindSkipConfig(ROUTED))
     with pytest.raises(ValueError, match="begun without routers"):
-        model(ids, cache=begun_dense)
+        model(ids, past_key_values=begun_dense)
     with pytest.raises(ValueError, match="not static"):
-        model(ids, cache=static)
+        model(ids, past_key_values=static)
     with fix_gates(model, MIXED):
-        begun_routed = model(ids).cache
+        begun_routed = model(ids).past_key_values
     with pytest.raises(ValueError, match="training mode"):
-        model.train()(ids, cache=begun_routed)
+        model.train()(ids, past_key_values=begun_routed)
     remove_mindskip(model.eval())
     with pytest.raises(ValueError, match="a routed model made this"):
-        model(ids, cache=begun_routed)
+        model(ids, past_key_values=begun_routed)
 
 
 @pytest.mark.parametrize("mask", ["none", "two", "four"])

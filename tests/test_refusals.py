@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from conftest import LAYERS, ROUTED, SHAPE, WIDTH, build, build_routed, tokens
+from conftest import ROUTED, SHAPE, WIDTH, build, build_routed, tokens
 
 import mindskip
 from mindskip import (
@@ -78,20 +78,27 @@ def test_a_second_turn_of_a_hybrid_follows_the_first_decision():
     with fix_gates(model, gates):
         expected, cache = (
             model(ids, use_cache=False).logits,
-            model(ids[:, :7], use_cache=True).cache,
+            model(ids[:, :7], use_cache=True).past_key_values,
         )
         for step in (slice(7, 11), slice(11, 12)):
-            logits = model(ids[:, step], cache=cache, use_cache=True).logits
+            logits = model(ids[:, step], past_key_values=cache, use_cache=True).logits
             torch.testing.assert_close(
                 logits, expected[:, step], atol=1e-4, rtol=1e-3
             )  # another order of sums
 
 
+def record_votes(monkeypatch, seen: list) -> None:
+    """Note (B, T) bool, who votes, at every decision of a router."""
+    forward = mindskip.Router.forward
+    monkeypatch.setattr(
+        mindskip.Router, "forward", lambda self, x, votes: seen.append(votes) or forward(self, x, votes)
+    )
+
+
 @pytest.mark.parametrize("how", ["no cache", "look-up", "assistant"])
 def test_however_a_prompt_is_continued_the_prompt_alone_decides(how, monkeypatch):
     model, decided = build_routed(), []
-    votes = mindskip.Call.votes
-    monkeypatch.setattr(mindskip.Call, "votes", lambda *args: decided.append(votes(*args)) or decided[-1])
+    record_votes(monkeypatch, decided)
     more = {
         "no cache": {"use_cache": False},
         "look-up": {"prompt_lookup_num_tokens": 3},
@@ -155,7 +162,8 @@ def test_attention_weights_are_refused_where_attention_is_skipped():
     model, ids = build_routed(attn_implementation="eager"), tokens()
     with pytest.raises(ValueError, match="output_attentions"):
         model(ids, output_attentions=True)
-    assert len(model.train()(ids, output_attentions=True, use_cache=False).attentions) == LAYERS
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.train()(ids, output_attentions=True, use_cache=False)
 
 
 def test_a_padded_batch_without_a_mask_is_told(monkeypatch):
@@ -240,16 +248,16 @@ def test_reentrant_checkpointing_is_refused():
 @torch.no_grad()
 def test_a_cache_keeps_its_decisions_and_says_so():
     model, ids = build_routed(), tokens()
-    cache = model(ids[:, :10], use_cache=True).cache
+    cache = model(ids[:, :10], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="keeps its decisions"), fix_gates(model, {3: True}):
-        model(ids[:, 10:11], cache=cache)
+        model(ids[:, 10:11], past_key_values=cache)
     with pytest.raises(ValueError, match="voters"):
-        model(ids[:, 10:11], cache=cache, voters=torch.ones_like(ids).bool())
+        model(ids[:, 10:11], past_key_values=cache, voters=torch.ones_like(ids).bool())
     gates = {3: torch.tensor([True, False, False, True])}
     with fix_gates(model, gates):  # fixed before the prefill, and still
-        cache = model(ids[:, :10], use_cache=True).cache
-        model(ids[:, 10:11], cache=cache)
-    model(ids[:, 11:12], cache=cache)  # afterwards the cache knows
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        model(ids[:, 10:11], past_key_values=cache)
+    model(ids[:, 11:12], past_key_values=cache)  # afterwards the cache knows
     assert torch.equal(last(model, "gate")[1], gates[3].float())
 
 
@@ -275,9 +283,9 @@ def test_rows_that_leave_with_the_open_gates_leave_the_length_behind():
     model, ids = add_mindskip(build("gemma2"), MindSkipConfig((1, 2))), tokens(rows=2, length=12)
     with fix_gates(model, {1: torch.tensor([True, False]), 2: True}):
         expected = model(ids).logits[1, -1]
-        cache = model(ids[:, :-1], use_cache=True).cache
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
     cache.reorder_cache(torch.tensor([1, 1]))
-    found = model(ids[[1, 1], -1:], cache=cache).logits[:, -1]
+    found = model(ids[[1, 1], -1:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-4, rtol=1e-3)  # another order of sums
     assert (dense(ids).logits[1, -1] - expected).abs().max() > 0.01
 
@@ -293,8 +301,8 @@ def test_mixed_rows_under_autocast():
 
 
 def test_embeddings_vote_all_of_them(monkeypatch):
-    model, seen, votes = build_routed(), [], mindskip.Call.votes
-    monkeypatch.setattr(mindskip.Call, "votes", lambda *args: seen.append(votes(*args)) or seen[-1])
+    model, seen = build_routed(), []
+    record_votes(monkeypatch, seen)
     ids = tokens(length=9)
     expected = generate(model, ids)[:, 9:]
     embeddings = model.get_input_embeddings()(ids)

@@ -90,7 +90,7 @@ def test_routing_sees_the_context_alone(folder):
             output, total = model(context, use_cache=True), 0.0
             for token in tokenizer(choice, add_special_tokens=False)["input_ids"]:
                 total += output.logits[0, -1].log_softmax(-1)[token].item()
-                output = model(torch.tensor([[token]]), cache=output.cache)
+                output = model(torch.tensor([[token]]), past_key_values=output.past_key_values)
             assert likelihood == pytest.approx(total, rel=1e-4)
             assert torch.equal(gates[i, 0], last(model, "gate")[:, 0])
 
