@@ -492,7 +492,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
     Those of kept rows, or of kept tokens, with void columns in rows that keep fewer.
     """
 
-    granularity = None  # gates of MLPs leave all keys there
+    granularity, has_all_keys = None, False  # of its gates; those of MLPs leave all keys here
     gate = rows = count = None  # (B, U), None before routing; indices of rows that keep something; how many
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
     places = None  # with gates for tokens: (B, columns), a key's place in the sequence, -1 where it is void
@@ -517,7 +517,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
-        is_known = self.granularity.startswith("mlp") or (self.places is None and self.count)
+        is_known = self.has_all_keys or (self.places is None and self.count)
         return super().get_seq_length() if is_known else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -527,7 +527,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
         is_of_gate = len(keys) == self.count and (self.places is None or self.places.shape[1] == columns)
-        if not is_of_gate and not self.granularity.startswith("mlp"):
+        if not is_of_gate and not self.has_all_keys:
             raise ValueError(f"a routed model made this KV cache: {self.count} of {len(keys)} rows")
         if self.places is None:
             return super().update(keys, values, *args, **kwargs)
@@ -552,14 +552,12 @@ class _RoutedCacheLayer(CacheLayerMixin):
         """Make row i what row index[i] was; index may be longer or shorter than the batch."""
         if self.gate is None:
             return
-        index, place = (
-            index.to(self.gate.device),
-            (self.gate > 0).any(1).cumsum(0) - 1,
-        )  # of a kept row's keys
+        index = index.to(self.gate.device)
+        place = (self.gate > 0).any(1).cumsum(0) - 1  # of a kept row's keys
         self.keep(self.gate[index], self.fixed)
         if self.places is not None:
             self.places = self.places[index]
-        elif not self.granularity.startswith("mlp"):
+        elif not self.has_all_keys:
             index = place[index[self.rows]]
         if self.is_initialized:
             super().reorder_cache(index)
@@ -583,10 +581,11 @@ def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _Ro
         cache.layers.append(cache.layer_class_to_replicate())
     if getattr(layer := cache.layers[i], "granularity", None) != granularity:
         # Before an MLP, the attention of its layer has cached what this call brought.
-        is_new = layer.get_seq_length() <= (tokens if granularity.startswith("mlp") else 0)
+        has_all_keys = granularity.startswith("mlp")
+        is_new = layer.get_seq_length() <= tokens * has_all_keys
         if type(layer) not in ROUTABLE or not is_new or getattr(cache, "offloading", False):
             raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
-        layer.granularity = granularity
+        layer.granularity, layer.has_all_keys = granularity, has_all_keys
         layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
         _mix_in({layer: _RoutedCacheLayer})
     return layer
