@@ -53,10 +53,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import mindskip
 import tune
-from mindskip import attention_layers, decoder_of, fix_gates, load_routers, remove_mindskip, take_rows
+from mindskip import attention_layers, decoder_of, fix_gates, load_routers, remove_mindskip, routers
 from tune import Parser, command, naming, number
 
 SUBSETS = 256  # more static subsets are not searched: each is scored on the whole test split
+# Shots of the authors' benchmark script, github.com/CASE-Lab-UMD/LLM-Drop; 0 for tasks that are not named.
+FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
+# fmt: off
+QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
+           "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}", "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
+COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
+        "prefill ms": "{prefill[median]:.2f}", "x": "{prefill[speedup]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
+        "of limit": "{prefill[of_limit]:.2f}",
+        "decode ms": "{decode[median]:.2f}", "x ": "{decode[speedup]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
+        "of limit ": "{decode[of_limit]:.2f}", "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
+# fmt: on
 
 
 # ---- Quality
@@ -73,7 +84,7 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
         if not nats.isfinite().all():
             bad = [index[i] for i in (~nats.isfinite()).nonzero()[:, 0]]
             raise FloatingPointError(f"the loss of examples {bad[:5]} is not finite; try --dtype float32")
-        gates_of = [router.gate.nanmean(1).cpu() for router in mindskip.routers(model)]  # (B,), mean of a row
+        gates_of = [router.gate.nanmean(1).cpu() for router in routers(model)]  # (B,), mean of a row
         parts.append((correct.cpu(), nats.cpu(), torch.stack(gates_of, 1)))
     back = torch.tensor(order).argsort()
     return dict(zip(("correct", "nats", "gates"), (torch.cat(column)[back] for column in zip(*parts))))
@@ -81,11 +92,12 @@ def score_all(model, examples: list[dict], gates: dict, batch_size: int = 256) -
 
 def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> dict:
     """Accuracies in percent by task and on average (tasks count the same), with standard errors."""
-    accuracy, of_dense, variance, paired = {}, {}, 0.0, 0.0
+    accuracy, of_dense, variance, paired = {}, [], 0.0, 0.0
     for name in dict.fromkeys(one["task"] for one in examples):
         chosen = torch.tensor([one["task"] == name for one in examples])
         right, before = (100.0 * one["correct"][chosen].double() for one in (scores, dense))
-        accuracy[name], of_dense[name] = right.mean().item(), before.mean().item()
+        accuracy[name] = right.mean().item()
+        of_dense.append(before.mean().item())
         error = 1 / len(right) if len(right) > 1 else math.nan  # one example tells no error
         variance += right.var(correction=0).item() * error
         paired += (right - before).var(correction=0).item() * error
@@ -95,7 +107,7 @@ def summarize(scores: dict, dense: dict, examples: list[dict], routed: int) -> d
         "accuracy": accuracy,
         "by_task": list(accuracy.values()),
         "average": average,
-        "to_dense": average - statistics.mean(of_dense.values()),
+        "to_dense": average - statistics.mean(of_dense),
         "standard_error": math.sqrt(variance) / len(accuracy),
         "paired_standard_error": math.sqrt(paired) / len(accuracy),
         "loss": scores["nats"].sum().item() / tokens,
@@ -109,11 +121,11 @@ def attach(model, path, capacity: float | None = None, examples=()) -> tuple[tup
     capacity: a budget for which the threshold is chosen again, on `examples`. Returns the layers of `path`,
     and mindskip's row for `fix_gates`: {every other layer: True}.
     """
-    weights = {router.layer: router.weight for router in mindskip.routers(load_routers(model, path))}
+    weights = {router.layer: router.weight for router in routers(load_routers(model, path))}
     if capacity is not None:
         tune.calibrate(model, examples, capacity)
-    config = replace(mindskip.routers(model)[0].config, layers=tuple(attention_layers(model)[1:]))
-    for router in mindskip.routers(mindskip.add_mindskip(remove_mindskip(model), config)):
+    config = replace(routers(model)[0].config, layers=tuple(attention_layers(model)[1:]))
+    for router in routers(mindskip.add_mindskip(remove_mindskip(model), config)):
         router.weight = weights.get(router.layer, router.weight.requires_grad_(False))
     return tuple(weights), dict.fromkeys(set(config.layers) - set(weights), True)
 
@@ -124,28 +136,26 @@ def most_redundant(model, examples: list, count: int, batch_size: int) -> tuple[
 
     before, after: the residual stream, at what the model's gates skip. Source: arXiv 2406.15786, section 3.
     """
-    what = mindskip.routers(model)[0].config.granularity if mindskip.routers(model) else "attention-sequence"
+    what = routers(model)[0].config.granularity if routers(model) else mindskip.GRANULARITIES[0]
     model = remove_mindskip(copied(model))  # gates may put results into new tensors, which can't be followed
     totals, added = dict.fromkeys(attention_layers(model)[1:], 0.0), {}
 
-    def follow(i, skipped, child, args, output):  # what is skipped, then a norm on its way to the stream
-        if child is skipped or (args and args[0] is added.get(i)):
-            added[i] = output[0] if isinstance(output, tuple) else output
-
-    def compare(i, _, args, kwargs, output):
+    def follow(i: int, layer, module, args, kwargs, output) -> None:
         before, after = [*args, *kwargs.values()][0], output[0] if isinstance(output, tuple) else output
-        if what.startswith("attention"):  # it comes first in a layer
-            after = before + added[i]
-        elif what.startswith("mlp"):  # it comes last
-            before = after - added[i]
-        change = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
-        totals[i] += change[batch["voters"].to(change.device)].sum().item()
+        if module is mindskip.gated_module(layer, what) or before is added.get(i):
+            added[i] = after  # by what is skipped, then by a norm on its way to the stream
+        if module is layer:
+            if what.startswith("attention"):  # it comes first in a layer
+                after = before + added[i]
+            elif what.startswith("mlp"):  # it comes last
+                before = after - added[i]
+            change = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
+            totals[i] += change[batch["voters"].to(change.device)].sum().item()
 
     for i in totals:
         layer = decoder_of(model).layers[i]
-        for child in layer.children():
-            child.register_forward_hook(partial(follow, i, mindskip.gated_module(layer, what)))
-        layer.register_forward_hook(partial(compare, i), with_kwargs=True)
+        for module in (*layer.children(), layer):
+            module.register_forward_hook(partial(follow, i, layer), with_kwargs=True)
     for start in range(0, len(examples), batch_size):
         batch = tune.collate(examples[start : start + batch_size], model.device)
         decoder_of(model)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -156,11 +166,7 @@ def compare_quality(model, layers: tuple, others: dict, train: list[dict], test:
     """Print every row's quality on `test`, and keep ratios by task. `train` chooses static layers."""
     every = dict.fromkeys(sorted([*layers, *others]), True)
     scores_of = partial(score_all, model, batch_size=args.micro_batch_size)
-    dense, routed, often_open = (
-        scores_of(test, every),
-        scores_of(test, others),
-        scores_of(train, others)["gates"],
-    )
+    dense, routed = scores_of(test, every), scores_of(test, others)
     summary = partial(summarize, dense=dense, examples=test, routed=len(layers))
 
     @cache
@@ -168,16 +174,16 @@ def compare_quality(model, layers: tuple, others: dict, train: list[dict], test:
         return summary(scores_of(test, every | dict.fromkeys(closed, False)))
 
     columns = [list(every).index(i) for i in layers]
-    gates, often_open = routed["gates"][:, columns], often_open[:, columns].mean(0)
+    gates, often_open = (one["gates"][:, columns] for one in (routed, scores_of(train, others)))
     keep = gates.mean().item()
     skipped = round((1 - keep) * len(layers))
     chosen = {"similarity": most_redundant(model, train, skipped, args.micro_batch_size)}
-    chosen["router"] = tuple(sorted(layers[i] for i in often_open.argsort()[:skipped].tolist()))
+    chosen["router"] = tuple(sorted(layers[i] for i in often_open.mean(0).argsort()[:skipped].tolist()))
     if math.comb(len(every), skipped) <= SUBSETS:
         subsets = tqdm([*itertools.combinations(every, skipped)], "static subsets", leave=False, disable=None)
         chosen["best"] = max(subsets, key=lambda closed: static(closed)["average"])
     generator = torch.Generator().manual_seed(args.seed)
-    units = max(len(one["ids"]) for one in test) if mindskip.routers(model)[0].is_token else 1
+    units = max(len(one["ids"]) for one in test) if routers(model)[0].is_token else 1
     drawn = {i: torch.rand(len(test), units, generator=generator) < keep for i in layers}
     rows = {"dense": summary(dense), "mindskip": summary(routed)}
     rows |= {f"static, {name}": static(closed) for name, closed in chosen.items()}
@@ -200,7 +206,7 @@ def explain(model, tokenizer, text: str, new_tokens: int) -> None:
     prompt, rows = tokenizer(text, return_tensors="pt").to(model.device), {}
     model(**prompt, use_cache=False)
     ids = prompt["input_ids"][0].tolist()
-    for router in mindskip.routers(model):
+    for router in routers(model):
         gate = router.gate[0] > 0  # (U,)
         told = "open" if gate.all() else "closed"
         if router.is_token:  # its kept tokens; skipped ones are dots
@@ -221,9 +227,11 @@ def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention
     Left out: norms, softmax, routers (D each), states of linear attention; nothing is taken off for causal
     masks and sliding windows. Multi-head latent attention (DeepSeek) comes out some 5% low.
     """
-    text, power = model.config.get_text_config(decoder=True), 1 + granularity.endswith("token")
+    text = model.config.get_text_config(decoder=True)
     visited = getattr(text, "num_experts_per_tok", None)  # of stacked experts, (experts, in, out)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    power = 0 if granularity.startswith("mlp") else 1 + granularity.endswith("token")  # of keep, in attention
 
     def size(module) -> float:
         matrices = [p for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
@@ -235,8 +243,7 @@ def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention
         if i in keep:
             total -= tokens * (1 - share) * size(mindskip.gated_module(layer, granularity))
         if getattr(layer, "self_attn", None) is not None:  # q . k, weights . v
-            pairs = tokens * visible * (1 if granularity.startswith("mlp") else share**power)
-            total += 2 * pairs * text.num_attention_heads * head_dim
+            total += 2 * tokens * visible * share**power * text.num_attention_heads * head_dim
     return 2.0 * total
 
 
@@ -306,10 +313,9 @@ def measure(rows: dict, prompts: torch.Tensor, size: int, new_tokens: int, repea
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:
     """(count, length) token ids: each row repeats examples of one task, one task after another."""
-    by_task, rows = {}, []
-    for one in examples:
-        by_task.setdefault(one["task"], []).append(one["ids"])
-    for i, texts in zip(range(count), itertools.cycle(by_task.values())):
+    rows, tasks = [], itertools.cycle(dict.fromkeys(one["task"] for one in examples))
+    for i, task in zip(range(count), tasks):
+        texts = [one["ids"] for one in examples if one["task"] == task]
         tokens = itertools.chain.from_iterable(itertools.cycle(texts[i:] + texts[:i]))
         rows.append(list(itertools.islice(tokens, length)))
     return torch.tensor(rows)
@@ -329,7 +335,7 @@ def removed(model, gates: dict[int, torch.Tensor]):
 
     def forward(layer, kept: int, x, **kwargs):
         if kept:
-            some = {name: take_rows(value, slice(kept), len(x)) for name, value in kwargs.items()}
+            some = {name: mindskip.take_rows(value, slice(kept), len(x)) for name, value in kwargs.items()}
             x[:kept] += layer.self_attn(hidden_states=layer.input_layernorm(x[:kept]), **some)[0]
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
@@ -346,17 +352,14 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
 
     A row "NAME, removed" is the limit of NAME, left out where layers are not of Llama's kind.
     """
-    found, length = mindskip.routers(routed), prompts.shape[1]
-    granularity, closed = found[0].config.granularity, torch.zeros(size, dtype=torch.bool)
-    is_default, has_limit = granularity == "attention-sequence", False
-    closed = {router.layer: closed for router in found}
-    with fix_gates(routed, closed):
-        expected = routed(prompts[:size], logits_to_keep=1).logits
-    with suppress(AttributeError, TypeError), removed(dense, closed) as limit:  # of layers of another kind
-        logits = limit(prompts[:size], logits_to_keep=1).logits
-        close = torch.allclose(expected, logits, rtol=0.01, atol=0.01 * expected.abs().max())
-        has_limit = is_default and close
-    rows, decided = {"dense": (partial(fix_gates, dense), {})}, {}
+    found, length = routers(routed), prompts.shape[1]
+    granularity, group = found[0].config.granularity, prompts[:size]
+    rows, decided, has_limit = {"dense": (partial(fix_gates, dense), {})}, {}, False
+    if granularity == "attention-sequence":
+        closed = {router.layer: torch.zeros(len(group), dtype=torch.bool) for router in found}
+        with suppress(AttributeError, TypeError), fix_gates(routed, closed), removed(dense, closed) as limit:
+            ours, cut = (model(group, logits_to_keep=1).logits for model in (routed, limit))
+            has_limit = torch.allclose(ours, cut, rtol=0.01, atol=0.01 * ours.abs().max())  # Llama's kind
     for name, gates in ways.items():
         with fix_gates(routed, gates):
             prefill(routed, prompts)
@@ -365,9 +368,9 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
         if has_limit and name != "static":
             decided[f"{name}, removed"] = decided[name]
             rows[f"{name}, removed"] = partial(removed, dense), decided[name]
-    if is_default:
+    if granularity == "attention-sequence":
         control = copied(routed)
-        for router in mindskip.routers(control):
+        for router in routers(control):
             router.train()  # all is computed, and multiplied by its gate
         rows["multiply"] = partial(fix_gates, control), decided[next(iter(ways))]
     cost = measure(rows, prompts, size, args.new_tokens, args.repeats)
@@ -411,11 +414,6 @@ def what_if(args) -> dict[str, dict]:
 
 
 # ---- Standard benchmarks, through lm-evaluation-harness (extra `tasks`)
-
-# Shots of the authors' benchmark script, github.com/CASE-Lab-UMD/LLM-Drop; 0 for tasks that are not named.
-FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
-
-
 def load_tasks(names: list[str], include_path: str | None):
     """The harness's task manager. ValueError if a task is unknown, or asks for more than to score answers."""
     from lm_eval.tasks import TaskManager
@@ -469,41 +467,26 @@ def compare_tasks(model, tokenizer, layers, others: dict, train: list[dict], man
             found = simple_evaluate(adapter, tasks=[name], num_fewshot=shots, **options)["results"][name]
             choice = ("acc_norm,none", "acc,none", *found)
             metric = next(key for key in choice if isinstance(found.get(key), float))
-            error = found.get(metric.replace(",", "_stderr,"))
-            error = 100 * error if isinstance(error, float) else math.nan
-            metric, value = metric.split(",")[0], 100 * found[metric]
-            tasks[name] = {"metric": metric, "shots": shots, "value": value, "error": error}
-            cell = f"{{tasks[{name}][value]:.1f}} +-{{tasks[{name}][error]:.1f}}"
-            columns[f"{name} {metric}, {shots}-shot"] = cell
+            error = found.get(metric.replace(",", "_stderr,"))  # "N/A" where there is none
+            tasks[name] = {"metric": metric.split(",")[0], "shots": shots, "value": 100 * found[metric]}
+            tasks[name]["error"] = 100 * error if isinstance(error, float) else math.nan
+        average = statistics.mean(one["value"] for one in tasks.values())
         keep = 1 - (1 - torch.cat(adapter.kept)).sum(1).mean().item() / len(layers)
-        return {
-            "tasks": tasks,
-            "average": statistics.mean(one["value"] for one in tasks.values()),
-            "keep": keep,
-        }
+        return {"tasks": tasks, "average": average, "keep": keep}
 
     rows = {"dense": run(every), "mindskip": run(others)}
     count = round((1 - rows["mindskip"]["keep"]) * len(layers))
     closed = most_redundant(model, train, count, args.micro_batch_size)
     rows["static"] = run(every | dict.fromkeys(closed, False)) | {"closed": closed}
+    for name, at in rows["dense"]["tasks"].items():
+        cell = f"{{tasks[{name}][value]:.1f}} +-{{tasks[{name}][error]:.1f}}"
+        columns[f"{name} {at['metric']}, {at['shots']}-shot"] = cell
     print(table("%", rows, columns | {"average": "{average:.2f}", "keep": "{keep:.3f}"}))
     print(f"static closes {closed}")
     return rows
 
 
 # ---- Showing
-
-# fmt: off
-QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
-           "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}", "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
-COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
-        "prefill ms": "{prefill[median]:.2f}", "x": "{prefill[speedup]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
-        "of limit": "{prefill[of_limit]:.2f}",
-        "decode ms": "{decode[median]:.2f}", "x ": "{decode[speedup]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
-        "of limit ": "{decode[of_limit]:.2f}", "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
-# fmt: on
-
-
 def table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> str:
     """Aligned text. A column is a heading, and a format of a row's results that gives the cell."""
     lines = [[title, *columns]]
@@ -540,18 +523,17 @@ def plot(results: dict, path: Path) -> None:
     for text, ((x, y), *ends) in boxes.items():
         left.text(x, y, text, ha="center", va="center", bbox=look)
         for to_x, to_y in ends:
-            left.annotate("", (to_x, to_y + 0.075), (x, y - 0.075), arrowprops=arrow)
+            left.annotate("", (to_x, to_y + 0.095), (x, y - 0.075), arrowprops=arrow)
     left.set(title="What a gate does", xlim=(-0.1, 1.1), ylim=(-0.12, 1.12))
     left.axis("off")
     right.imshow(list(keep.values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    right.set(title="How often each task opens each gate")
+    right.set_title("How often each task opens each gate")
     right.set_xticks(range(len(layers)), [f"layer {i}" for i in layers])
     right.set_yticks(range(len(keep)), keep)
     for y, row in enumerate(keep.values()):
         for x, value in enumerate(row):
-            right.text(
-                x, y, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black"
-            )
+            color = "white" if value > 0.6 else "black"
+            right.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for key, label in {"keep": "keep ratio, drawn", "loss": "loss, nats a token"}.items():
         values = [record[key] for record in records]
@@ -617,8 +599,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = tune.from_pretrained(AutoTokenizer, args)
     base, adapter = about.get("base_model", args.model), about.get("adapter", args.adapter)
     if (base, adapter) != (args.model, args.adapter):
-        told = f" with --adapter {adapter}" if adapter else ""
-        print(f"WARNING: these routers were tuned on {base}{told}")
+        beside = f" with --adapter {adapter}" if adapter else ""
+        print(f"WARNING: these routers were tuned on {base}{beside}")
     if args.explain is not None:
         model = load_routers(tune.load_model(args, [{"ids": [0]}]), path)
         for text in sys.stdin if args.explain == "-" else [args.explain]:
@@ -630,7 +612,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = 0 if args.tasks else max(args.prompt_length) + args.new_tokens  # of timed prompts
     model = tune.load_model(args, train + test, tokens)
     layers, others = attach(model, path)
-    beside = path if path.is_dir() else path.parent if path.exists() else Path("runs", path.name)
+    beside = path if path.is_dir() else path.parent if path.exists() else f"runs/{path.name}"
     folder = Path(args.output or beside)
     folder.mkdir(parents=True, exist_ok=True)
     print(tune.describe(model, args))
@@ -643,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
         return write_json(results, folder / "tasks.json")
     for capacity in args.capacity or ():
         layers, others = attach(model, path, capacity, train)
-        print(f"\ncapacity {capacity} | threshold {mindskip.routers(model)[0].config.threshold:.4f}")
+        print(f"\ncapacity {capacity} | threshold {routers(model)[0].config.threshold:.4f}")
         results[f"capacity {capacity}"] = compare_quality(model, layers, others, train, test, args)
     if args.capacity:
         return write_json(results, folder / "capacities.json")
