@@ -230,7 +230,6 @@ def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention
     text = model.config.get_text_config(decoder=True)
     visited = getattr(text, "num_experts_per_tok", None)  # of stacked experts, (experts, in, out)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
     power = 0 if granularity.startswith("mlp") else 1 + granularity.endswith("token")  # of keep, in attention
 
     def size(module) -> float:
@@ -340,9 +339,10 @@ def removed(model, gates: dict[int, torch.Tensor]):
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
     model = copied(model)
-    for i in (i for i, gate in gates.items() if not gate.all()):
-        layer = decoder_of(model).layers[i]
-        layer.forward = partial(forward, layer, int(gates[i].sum()))
+    for i, gate in gates.items():
+        if not gate.all():
+            layer = decoder_of(model).layers[i]
+            layer.forward = partial(forward, layer, int(gate.sum()))
     yield model
 
 
@@ -366,7 +366,6 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
         decided[name] = {router.layer: router.gate > 0 for router in found}  # (B, U)
         rows[name] = partial(fix_gates, routed), gates
         if has_limit and name != "static":
-            decided[f"{name}, removed"] = decided[name]
             rows[f"{name}, removed"] = partial(removed, dense), decided[name]
     if granularity == "attention-sequence":
         control = copied(routed)
@@ -375,7 +374,8 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
         rows["multiply"] = partial(fix_gates, control), decided[next(iter(ways))]
     cost = measure(rows, prompts, size, args.new_tokens, args.repeats)
     for name, row in cost.items():
-        row["kept"] = {i: gate.float().mean().item() for i, gate in decided.get(name, {}).items()}
+        gates = decided.get(name.removesuffix(", removed"), {})  # dense and multiply: none
+        row["kept"] = {i: gate.float().mean().item() for i, gate in gates.items()}
         row["keep"] = statistics.mean(row["kept"].values()) if row["kept"] else 1.0
         flops = partial(forward_flops, dense, keep=row["kept"], granularity=granularity)
         row["prefill_gflop"] = flops(length, length) / 1e9
