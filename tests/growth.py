@@ -18,8 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from contextlib import nullcontext  # noqa: E402
-
 from limit import limit_model  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -53,12 +51,11 @@ def saving(args) -> dict[str, dict]:
 def routing(args) -> dict[str, dict]:
     """Every gate open, decided by routers: what deciding costs, by the number of routed layers."""
     dense, _ = limit_model()
-    prompts = [torch.arange(512)[None]]
-    contexts = {"dense": [partial(nullcontext, dense)]}
+    prompts, rows = torch.arange(512)[None], {"dense": (partial(fix_gates, dense), {})}
     for count in (1, 2, 4, 7):
         routed = add_mindskip(evaluate.copied(dense), MindSkipConfig(tuple(range(8 - count, 8))))
-        contexts[f"{count} routed"] = [partial(fix_gates, routed, {})]
-    rows = evaluate.measure(contexts, prompts, args.new_tokens, args.repeats)
+        rows[f"{count} routed"] = partial(fix_gates, routed), {}
+    rows = evaluate.measure(rows, prompts, 1, args.new_tokens, args.repeats)
     for row in rows.values():
         for phase in ("prefill", "decode"):
             row[phase]["cost"] = 100 * (1 / row[phase]["speedup"] - 1)

@@ -10,11 +10,12 @@ neither split (see seeds.py).
 """
 
 import argparse
+import io
 import random
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+from limit import Watch  # noqa: E402
 from seeds import development_examples, tuned  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -104,7 +106,7 @@ def step_of(flags: list[str], train: list[dict]) -> dict:
     tune.add_trained(model, args)
     tune.tune(model, train, args, report=lambda *_: ends.append(time.perf_counter()))
     args.steps = 1
-    with evaluate.Watch() as watch:
+    with Watch() as watch:
         tune.tune(model, train, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = 1e3 * statistics.median(end - start for start, end in zip(ends, ends[1:]))
@@ -134,7 +136,7 @@ def training(seeds: list[int]) -> dict:
 
 
 @contextmanager
-def deciding(model, gates: dict[int, bool]):
+def deciding(model, gates: dict[int, torch.Tensor]):
     """Routers of zeros, with scores of 0.5, run and decide as told: by a threshold of 0 or 1, until told again."""
     for router in mindskip.routers(model):
         router.config = replace(router.config, threshold=float(not gates[router.layer]))
@@ -159,7 +161,9 @@ def curve(seeds: list[int]) -> dict:
         mindskip.save_routers(model, path)
         for capacity in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
             layers, others = evaluate.attach(model, path, capacity, chosen_train)
-            quality, chosen, _ = evaluate.compare_quality(model, layers, others, chosen_train, test, args)
+            with redirect_stdout(io.StringIO()):  # its tables
+                found = evaluate.compare_quality(model, layers, others, chosen_train, test, args)
+            quality, chosen = found["quality"], found["static_layers"]
             # (tasks, layers), where every layer but the first has a router
             found = evaluate.score_all(model, first, others)["gates"] > 0
             every, keep = [router.layer for router in mindskip.routers(model)], quality["mindskip"]["keep"]
@@ -181,12 +185,13 @@ def curve(seeds: list[int]) -> dict:
             print(seed, capacity, told, flush=True)
     dense = evaluate.copied(model)
     routed = mindskip.add_mindskip(model, mindskip.MindSkipConfig(layers))
-    contexts = {"dense": [partial(nullcontext, dense)] * len(first)}
+    contexts = {"dense": (partial(mindskip.fix_gates, dense), {})}
     for at, gates in ways.items():  # only ours has routers that run
         how = deciding if at[0] == "mindskip" else mindskip.fix_gates
-        contexts[at] = [partial(how, routed, one) for one in gates]
-    prompts = evaluate.long_prompts(test, len(first), 512).split(1)
-    for at, row in evaluate.measure(contexts, prompts, 1, args.repeats).items():
+        by_layer = {i: torch.tensor([one[i] for one in gates]) for i in layers}
+        contexts[at] = partial(how, routed), by_layer
+    prompts = evaluate.long_prompts(test, len(first), 512)
+    for at, row in evaluate.measure(contexts, prompts, 1, 1, args.repeats).items():
         if at != "dense":
             rows[at[0]][at[1]][at[2]]["time"] = 1 / row["prefill"]["speedup"]
     told = {

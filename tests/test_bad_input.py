@@ -444,7 +444,7 @@ def test_logits_that_are_not_finite_stop_the_evaluation(folder, capfd, monkeypat
         return nats.masked_fill(torch.tensor([one["ids"] == row for one in examples]), float("nan")), correct
 
     row = tune.load_examples(tune.parse_arguments(arguments[:4]), "--split", make_tokenizer())[0][7]["ids"]
-    monkeypatch.setattr(evaluate, "score", scored)
+    monkeypatch.setattr(tune, "score", scored)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)

@@ -451,7 +451,8 @@ def test_what_a_skipped_block_cannot_give_is_refused():
 @torch.no_grad()
 def test_kept_tokens_of_the_prompt_are_counted_not_those_of_decoding():
     model, ids = build_gated("attention-token"), tokens(rows=1, length=40)
-    found = evaluate.weigh([lambda: nullcontext(model)], [ids], 4)["kept"]
+    args = evaluate.parse_arguments(["--new-tokens", "4", "--repeats", "2"])
+    found = evaluate.compare_cost(build(), model, {"mindskip": {}}, ids, 1, args)["mindskip"]["kept"]
     model(ids)
     assert found == {i: pytest.approx(gate.float().mean().item()) for i, gate in decisions(model).items()}
     assert 0 < min(found.values()) < max(found.values()) < 1
