@@ -248,14 +248,14 @@ def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention
 
 def prefill(model, prompts: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
     """The prompt pass (B, T): the filled cache, and the first new token (B, 1)."""
-    output = model(prompts, cache=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
-    return output.cache, output.logits[:, -1:].argmax(-1)
+    output = model(prompts, use_cache=True, logits_to_keep=1)
+    return mindskip.kv_cache(output), output.logits[:, -1:].argmax(-1)
 
 
 def decode(model, cache: DynamicCache, token: torch.Tensor, steps: int) -> torch.Tensor:
     """The one-token passes: `steps` more tokens, greedily."""
     for _ in range(steps):
-        token = model(token, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)  # (B, 1)
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)  # (B, 1)
     return token
 
 
