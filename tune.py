@@ -11,16 +11,14 @@ The loss is the paper's (arXiv 2410.13184v6, Eq. 9/10), with the task loss on an
     L = L_task + lambda * ReLU(mean gate - capacity) + mu * mean(logit^2)
 
 Differs from the paper:
-    estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `tune`.
+    estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `rloo`.
     third term   It keeps scores away from 0 and 1, where they don't learn. mu falls as (1 - step/steps)^2.
-    one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's mean is 0
-                 or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
-                 With a gate for each token, the budget begins near 1 and falls (`tune`).
-    calibration  Training ends near the budget, with drawn gates. Then the threshold becomes the quantile of
-                 the scores on training data that opens `capacity` of the gates.
-    lambda, lr   0.3 and 0.1, at width 128. A logit is a sum over D, so that lr should fall as D grows (this
-                 was not measured); more layers and tighter budgets needed no change. The paper has lambda up
-                 to 0.1, the released script 0, which asks for nothing.
+    one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's is 0 or 1.
+                 The hinge takes the mean of the step before, so that a step can be computed in parts.
+    calibration  After training, the threshold becomes the quantile of the scores that opens `capacity` of
+                 the gates on training data.
+    lambda, lr   0.3 and 0.1, at width 128 (paper: lambda up to 0.1; the released script has 0, which asks for
+                 nothing). A logit is a sum over D, so that lr should fall as D grows: this was not measured.
 """
 
 import argparse
@@ -54,10 +52,11 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
-# What --resume can't change: the routers so far, their budget and the order of examples depend on it.
-FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 DRAWS = 4  # of the gates of each prompt, in a step of rloo; twice as many where each token has a gate
 FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each router
+# What --resume can't change: the routers so far, their budget and the order of examples depend on it.
+FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 
 # ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
 # the others are the answer, which is scored.
@@ -66,110 +65,107 @@ FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step
 def tune(model, examples: list[dict], args, done: int = 0, state=None, report=lambda *step: None) -> None:
     """Train the routers in place, from step `done` to `args.steps`. `report(step, loss, keep, lr, state)`.
 
-    rloo: gates m are drawn, open with probability s. Each prompt runs with K = DRAWS independent draws:
-
-        dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over a row's gates
-
-    Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
-    don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
-    2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
+    rloo: gates are drawn, and each prompt runs with several draws (`rloo`). The budget's term gets d(mean
+    score). Closed gates skip, and no gradient runs through the backbone.
     Where each token has a gate, an answer needs many of them at once: opening one while others are closed
-    tells nothing. So K is twice DRAWS there, and the budget falls from FIRST_BUDGET to the capacity in three
-    quarters of the steps. Gates are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
+    tells nothing. So the budget falls from FIRST_BUDGET to the capacity in three quarters of the steps. Gates
+    are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
 
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
 
     Parameters that require a gradient (adapters, or the backbone) get that of the same loss, through open
-    gates and through the routers' input.
-
-    Neither micro-batches nor processes change gates or gradients, but for rounding. state: moments and keep
-    ratio with which to go on after step `done`.
+    gates and through the routers' input. Neither micro-batches nor processes change gates or gradients, but
+    for rounding. state: moments and keep ratio after step `done`, as `report` was given them.
     FloatingPointError if loss or gradient is not finite; the routers are then those of the step before.
     """
-    routers, weights, state = mindskip.routers(model), router_parameters(model), state or {}
-    known = {id(weight) for weight in weights}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [{"params": weights, "peak": args.lr}, {"params": others, "peak": args.backbone_lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    moments = ("exp_avg", "exp_avg_sq")
-    for i, weight in enumerate(weights):
-        weight.requires_grad_(True)
-        if done:
-            before = {name: state[name][i].to(weight.device) for name in moments}
-            optimizer.state[weight] = {"step": torch.tensor(float(done)), **before}
-    last_keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
+    routers, weights = mindskip.routers(model), router_parameters(model)
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is weight for weight in weights)]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": others}], weight_decay=0.0)
+    last_keep = state["keep"].item() if done else 1.0  # of the step before; at first of the dense model
+    for i, weight in enumerate(weights if done else ()):
+        moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
+        optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
+    is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
+    draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
-    is_token, warmup = routers[0].is_token, max(1, args.steps // 10)
-    draws = DRAWS * (1 + is_token) if args.estimator == "rloo" else 1
+    parts = torch.arange(rank, args.batch_size, world).split(args.micro_batch_size or args.batch_size)
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
     model.eval()  # no dropout, and closed gates skip
     # Straight-through computes closed gates, too. Set one by one: train() would set a module's children.
-    for module in model.modules() if draws == 1 else ():
+    for module in () if is_drawn else model.modules():
         is_checkpointed = getattr(module, "gradient_checkpointing", False)
         module.training = is_checkpointed or isinstance(module, mindskip.Router)
     for step in range(done + 1, args.steps + 1):
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
-        torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
+        answers = sum(len(one["ids"]) - one["prompt"] for one in batch)  # tokens
         units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates in a layer
-        count = len(weights) * draws * sum(units)  # gates of this step
+        count = len(routers) * draws * sum(units)  # gates of this step
+        torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
         # A gate opens where s >= its threshold: with probability s. (layers, draws, prompts, U)
-        thresholds = torch.rand(len(weights), draws, len(batch), max(units))
+        thresholds = torch.rand(len(routers), draws, len(batch), max(units))
         budget, offset = args.capacity, 0.0
-        if is_token and draws > 1:
+        if is_drawn and is_token:
             budget += (max(FIRST_BUDGET, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
             offset = torch.tensor(budget).logit(eps=0.05).item()  # finite for a budget of 0 or 1, too
             thresholds = (thresholds.logit() - offset).sigmoid()
+        mu = args.logit_weight * (1 - step / args.steps) ** 2
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
-        for part in (mine[i : i + size] for i in range(0, len(mine), size)):
+        for part in parts:
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
-                router.drawn = drawn.to(router.weight.device) if draws > 1 else None
-            nats, _ = score(model, [batch[i] for i in part] * draws)
-            # (draws * prompts,): all prompts under their first draw, then under the next. Shares of a mean.
-            nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)
-            router_logits, gates = last(model, "logit"), last(model, "gate")
-            loss = nats.sum()
-            if draws > 1:
-                cross_entropy = functional.binary_cross_entropy_with_logits
-                log_p = -cross_entropy(router_logits + offset, gates.detach(), reduction="none")
-                log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, prompts)
-                drawn_nats = nats.detach().view(draws, -1)
-                # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
-                loss = ((drawn_nats - drawn_nats.mean(0)) / (draws - 1) * log_p).sum()
-                loss += nats.sum() / draws if others else 0
+                router.drawn = drawn.to(router.weight.device) if is_drawn else None
+            # All prompts of this part under their first draw, then under the next. Shares of a mean.
+            nats = score(model, [batch[i] for i in part] * draws)[0] / answers  # (draws * prompts,)
+            logits, gates = last(model, "logit"), last(model, "gate")  # (layers, draws * prompts[, T])
             share = gates.isfinite().sum().item() / count  # that this part has of the step's gates
-            logit_weight = args.logit_weight * (1 - step / args.steps) ** 2
-            loss += share * args.sparsity_weight * capacity_loss(model, budget, last_keep)
-            loss += share * logit_weight * router_logits.square().nanmean()
+            loss = share * args.sparsity_weight * capacity_loss(model, budget, last_keep)
+            loss += share * mu * logits.square().nanmean()
+            loss += rloo(nats.detach(), logits + offset, gates.detach(), draws) if is_drawn else nats.sum()
+            if is_drawn and others:
+                loss += nats.sum() / draws
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().nansum()
         for parameter in others:  # without one where every gate above was closed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
-        if world > 1:  # one all-reduce
-            dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
-            for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
-                tensor.copy_(summed.view_as(tensor))
-        # ---------------------------------------------------------------------------------------------
+        for tensor in total if world > 1 else ():
+            dist.all_reduce(tensor)
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
+        for group, peak in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
+            group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
-        state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in moments}
+        # ---------------------------------------------------------------------------------------------
+        state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in MOMENTS}
         state["keep"] = torch.tensor([last_keep])
         report(step, task_loss.item(), last_keep, factor * args.lr, state)
     for router in routers:
         router.drawn = None
     model.eval()
+
+
+def rloo(nats: Tensor, logits: Tensor, gates: Tensor, draws: int) -> Tensor:
+    """A number whose gradient is, on average over draws, that of the expected loss E[L].
+
+    Gates m are drawn, open with probability s = sigmoid(logit). Each prompt runs with K independent draws:
+
+        dE[L]/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over a row's gates
+
+    The mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L don't depend on m_k, so they add
+    L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al. 2019).
+    """
+    log_p = -functional.binary_cross_entropy_with_logits(logits, gates, reduction="none")
+    log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (K, prompts)
+    nats = nats.view(draws, -1)
+    # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
+    return ((nats - nats.mean(0)) / (draws - 1) * log_p).sum()
 
 
 def score(model, examples: list[dict]) -> tuple[Tensor, Tensor]:
@@ -193,22 +189,22 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
     """
     prompts = [{"ids": one["ids"][: one["prompt"]], "prompt": one["prompt"]} for one in examples]
     prompts.sort(key=lambda example: example["prompt"])  # less padding
+    routers = mindskip.routers(model)
     for done in tqdm(range(passes + 1), "calibration", leave=False, disable=None):
         scores, gates = [], []
         for i in range(0, len(prompts), batch_size):
             batch = collate(prompts[i : i + batch_size], model.device)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             mindskip.decoder_of(model)(ids, attention_mask=mask, use_cache=False)
-            real = mask.bool() if mindskip.routers(model)[0].is_token else slice(None)  # not padding
+            real = mask.bool() if routers[0].is_token else slice(None)  # not padding
             scores.append(last(model, "logit")[:, real].flatten().sigmoid())
             gates.append(last(model, "gate")[:, real].flatten())
         if done < passes:  # the last pass only measures
-            ordered = torch.cat(scores).sort(descending=True).values
-            count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
-            edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
-            threshold = edges[count : count + 2].mean().item()
-            config = replace(mindskip.routers(model)[0].config, threshold=threshold)
-            for router in mindskip.routers(model):
+            edges = torch.cat([*scores, scores[0].new_tensor([0.0, 1.0])]).sort(descending=True).values
+            count = round(capacity * (len(edges) - 2))
+            threshold = edges[count : count + 2].mean().item()  # half-way: last let in, first kept out
+            config = replace(routers[0].config, threshold=threshold)
+            for router in routers:
                 router.config = config
     return torch.cat(gates).mean().item()
 
