@@ -356,11 +356,11 @@ def describe(model, args) -> str:
 
 # ---- The command
 class Parser(argparse.ArgumentParser):
-    """For both scripts: the same words for model and data, and errors that `command` shows."""
+    """For both scripts: the same words for model and data. Without a usage, an error is one line."""
 
     def __init__(self, description: str, split: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+        super().__init__(description=description, allow_abbrev=False, usage=argparse.SUPPRESS)
+        self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         add = self.add_argument_group("model and data").add_argument
         add("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
         add("--revision", help="branch, tag or commit of a model on the Hub")
@@ -375,9 +375,6 @@ class Parser(argparse.ArgumentParser):
         add("--split", default=split, help="split, or a part of one, as train[:1000]")
         add("--max-samples", type=number(int, 1), help="examples drawn at random; None: all")
         add("--max-length", type=number(int, 2), default=2048, help="tokens of an example; the rest is cut")
-
-    def error(self, message: str):
-        raise ValueError(message)
 
 
 def number(kind: type, low: float, high: float = 1e9, many: bool = False):
