@@ -76,9 +76,11 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     others = [p for p in model.parameters() if p.requires_grad and not any(p is weight for weight in weights)]
     optimizer = torch.optim.AdamW([{"params": weights}, {"params": others}], weight_decay=0.0)
     last_keep = state["keep"].item() if done else 1.0  # of the step before; at first of the dense model
-    for i, weight in enumerate(weights if done else ()):
-        moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
-        optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
+    for i, weight in enumerate(weights):
+        weight.requires_grad_(True)
+        if done:
+            moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
     is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
     draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
