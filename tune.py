@@ -11,20 +11,15 @@ The loss is the paper's (arXiv 2410.13184v6, Eq. 9/10), with the task loss on an
     L = L_task + lambda * ReLU(mean gate - capacity) + mu * mean(logit^2)
 
 Differs from the paper:
-    estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `tune`.
+    estimator    Gates are drawn, and draws with a lower loss than the others become likelier: see `rloo`.
     third term   It keeps scores away from 0 and 1, where they don't learn. mu falls as (1 - step/steps)^2.
-    one budget   The mean is over all routed layers and the whole batch: at micro-batch 1, a layer's mean is 0
-                 or 1. The hinge takes the mean of the step before, so that a step can be computed in parts.
-                 With a gate for each token, the budget begins near 1 and falls (`tune`).
-    calibration  Training ends near the budget, with drawn gates. Then the threshold becomes the quantile of
-                 the scores on training data that opens `capacity` of the gates.
-    lambda, lr   0.3 and 0.1, at width 128. A logit is a sum over D, so that lr should fall as D grows (this
-                 was not measured); more layers and tighter budgets needed no change. The paper has lambda up
-                 to 0.1, the released script 0, which asks for nothing.
+    one budget   The mean is over all routed layers and the batch (at micro-batch 1, a layer's is 0 or 1).
+                 The hinge takes that of the step before, so that a step can be computed in parts.
+    calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
+    lambda, lr   0.3 and 0.1, at width 128. lr should fall as D grows: a logit is a sum over D (not measured).
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -54,117 +49,93 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
-# What --resume can't change: the routers so far, their budget and the order of examples depend on it.
-FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed".split()
 DRAWS = 4  # of the gates of each prompt, in a step of rloo; twice as many where each token has a gate
 FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
+# What --resume can't change: the routers so far, their budget and the order of examples depend on it.
+FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each router: with the keep ratio, a run's progress
 
-# ---- Tuning. An example is {task, ids, prompt}: its token ids, of which the first `prompt`, a number, vote;
-# the others are the answer, which is scored.
 
-
+# ---- Tuning. An example is {task, ids, prompt}: the first `prompt` (a number) of its token ids vote, the
+# others are the answer, which is scored.
 def tune(model, examples: list[dict], args, done: int = 0, state=None, report=lambda *step: None) -> None:
     """Train the routers in place, from step `done` to `args.steps`. `report(step, loss, keep, lr, state)`.
 
-    rloo: gates m are drawn, open with probability s. Each prompt runs with K = DRAWS independent draws:
-
-        dL_task/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over a row's gates
-
-    Its mean is the true gradient of E[L]: the mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L
-    don't depend on m_k, so they add L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al.
-    2019). The budget's term gets d(mean score). No gradient runs through the backbone; closed gates skip.
-    Where each token has a gate, an answer needs many of them at once: opening one while others are closed
-    tells nothing. So K is twice DRAWS there, and the budget falls from FIRST_BUDGET to the capacity in three
-    quarters of the steps. Gates are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
-
+    rloo: a prompt runs with several draws of its gates. Closed ones skip; no gradient runs through the
+    backbone; the budget's term gets d(mean score). Where each token has a gate, an answer needs many of them
+    at once: so the budget falls from FIRST_BUDGET to the capacity in three quarters of the steps, and gates
+    are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
 
-    Parameters that require a gradient (adapters, or the backbone) get that of the same loss, through open
-    gates and through the routers' input.
-
-    Neither micro-batches nor processes change gates or gradients, but for rounding. state: moments and keep
-    ratio with which to go on after step `done`.
-    FloatingPointError if loss or gradient is not finite; the routers are then those of the step before.
+    Other parameters that require a gradient (adapters, the backbone) get that of the same loss, through open
+    gates and the routers' input. Micro-batches and processes change gates and gradients by rounding only.
+    state: what `report` got after step `done`. FloatingPointError, before a step that is not finite.
     """
-    routers, weights, state = mindskip.routers(model), router_parameters(model), state or {}
-    known = {id(weight) for weight in weights}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [{"params": weights, "peak": args.lr}, {"params": others, "peak": args.backbone_lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    moments = ("exp_avg", "exp_avg_sq")
+    routers, weights = mindskip.routers(model), router_parameters(model)
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is weight for weight in weights)]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": others}], weight_decay=0.0)
+    last_keep = state["keep"].item() if done else 1.0  # of the step before; at first of the dense model
     for i, weight in enumerate(weights):
         weight.requires_grad_(True)
         if done:
-            before = {name: state[name][i].to(weight.device) for name in moments}
-            optimizer.state[weight] = {"step": torch.tensor(float(done)), **before}
-    last_keep = state.get("keep", torch.ones(1)).item()  # of the step before; at first 1, the dense model
+            moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
+    is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
+    draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, size = range(rank, args.batch_size, world), args.micro_batch_size or args.batch_size
-    is_token, warmup = routers[0].is_token, max(1, args.steps // 10)
-    draws = DRAWS * (1 + is_token) if args.estimator == "rloo" else 1
+    parts = torch.arange(rank, args.batch_size, world).split(args.micro_batch_size or args.batch_size)
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
-    model.eval()  # no dropout, and closed gates skip
-    # Straight-through computes closed gates, too. Set one by one: train() would set a module's children.
-    for module in model.modules() if draws == 1 else ():
-        is_checkpointed = getattr(module, "gradient_checkpointing", False)
-        module.training = is_checkpointed or isinstance(module, mindskip.Router)
+    for module in model.modules():  # no dropout; a router in training mode computes what is closed, too
+        is_mode_read = isinstance(module, mindskip.Router) or getattr(module, "gradient_checkpointing", False)
+        module.training = is_mode_read and not is_drawn
     for step in range(done + 1, args.steps + 1):
-        batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
+        batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
+        answers = sum(len(one["ids"]) - one["prompt"] for one in batch)  # their tokens
         units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates in a layer
-        count = len(weights) * draws * sum(units)  # gates of this step
+        count = len(routers) * draws * sum(units)  # gates of this step
         # A gate opens where s >= its threshold: with probability s. (layers, draws, prompts, U)
-        thresholds = torch.rand(len(weights), draws, len(batch), max(units))
+        thresholds = torch.rand(len(routers), draws, len(batch), max(units))
         budget, offset = args.capacity, 0.0
-        if is_token and draws > 1:
+        if is_drawn and is_token:
             budget += (max(FIRST_BUDGET, budget) - budget) * max(0.0, 1 - step / (0.75 * args.steps))
             offset = torch.tensor(budget).logit(eps=0.05).item()  # finite for a budget of 0 or 1, too
             thresholds = (thresholds.logit() - offset).sigmoid()
+        mu = args.logit_weight * (1 - step / args.steps) ** 2
         task_loss, opened = torch.zeros(2, 1, device=model.device)
         # ----- one step: the answers' loss, the budget, and the gradient of what is trained -----------
-        for part in (mine[i : i + size] for i in range(0, len(mine), size)):
+        for part in parts:
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
-                router.drawn = drawn.to(router.weight.device) if draws > 1 else None
-            nats, _ = score(model, [batch[i] for i in part] * draws)
-            # (draws * prompts,): all prompts under their first draw, then under the next. Shares of a mean.
-            nats = nats / sum(len(one["ids"]) - one["prompt"] for one in batch)
-            router_logits, gates = last(model, "logit"), last(model, "gate")
-            loss = nats.sum()
-            if draws > 1:
-                cross_entropy = functional.binary_cross_entropy_with_logits
-                log_p = -cross_entropy(router_logits + offset, gates.detach(), reduction="none")
-                log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (draws, prompts)
-                drawn_nats = nats.detach().view(draws, -1)
-                # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
-                loss = ((drawn_nats - drawn_nats.mean(0)) / (draws - 1) * log_p).sum()
-                loss += nats.sum() / draws if others else 0
+                router.drawn = drawn.to(router.weight.device) if is_drawn else None
+            # All prompts of this part under their first draw, then under the next. Shares of a mean.
+            nats = score(model, [batch[i] for i in part] * draws)[0] / answers  # (draws * prompts,)
+            logits, gates = last(model, "logit"), last(model, "gate")  # (layers, draws * prompts[, T])
             share = gates.isfinite().sum().item() / count  # that this part has of the step's gates
-            logit_weight = args.logit_weight * (1 - step / args.steps) ** 2
-            loss += share * args.sparsity_weight * capacity_loss(model, budget, last_keep)
-            loss += share * logit_weight * router_logits.square().nanmean()
+            loss = share * args.sparsity_weight * capacity_loss(model, budget, last_keep)
+            loss += share * mu * logits.square().nanmean()
+            loss += rloo(nats.detach(), logits + offset, gates.detach(), draws) if is_drawn else nats.sum()
+            loss += nats.sum() / draws if is_drawn and others else 0
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().nansum()
         for parameter in others:  # without one where every gate above was closed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
-        if world > 1:  # one all-reduce
-            dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
-            for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
-                tensor.copy_(summed.view_as(tensor))
-        # ---------------------------------------------------------------------------------------------
+        for tensor in total if world > 1 else ():
+            dist.all_reduce(tensor)
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
+        for group, peak in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
+            group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
-        state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in moments}
+        # ---------------------------------------------------------------------------------------------
+        state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in MOMENTS}
         state["keep"] = torch.tensor([last_keep])
         report(step, task_loss.item(), last_keep, factor * args.lr, state)
     for router in routers:
@@ -172,11 +143,27 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     model.eval()
 
 
+def rloo(nats: Tensor, logits: Tensor, gates: Tensor, draws: int) -> Tensor:
+    """A number whose gradient is, on average over draws, that of the expected loss E[L].
+
+    Gates m are drawn, open with probability s = sigmoid(logit). Each prompt runs with K independent draws:
+
+        dE[L]/dw := 1/K sum_k (L_k - mean of the other L) * d/dw log p(m_k),   log p: sum over a row's gates
+
+    The mean of L_k * d log p(m_k) is d E[L] (REINFORCE). The other L don't depend on m_k, so they add
+    L * E[d log p(m_k)] = 0, and only take variance away (RLOO, Kool et al. 2019).
+    """
+    log_p = -functional.binary_cross_entropy_with_logits(logits, gates, reduction="none")
+    log_p = log_p.transpose(0, 1).flatten(1).nansum(1).view(draws, -1)  # (K, prompts)
+    nats = nats.view(draws, -1)
+    # (L_k - mean of the other L) / K = (L_k - mean of all L) / (K - 1)
+    return ((nats - nats.mean(0)) / (draws - 1) * log_p).sum()
+
+
 def score(model, examples: list[dict]) -> tuple[Tensor, Tensor]:
     """Answers given their prompts: (nats (B,) summed over an answer, correct (B,): every token by argmax)."""
     batch = collate(examples, model.device)
-    first = min(example["prompt"] for example in examples)
-    targets = batch.pop("labels")[:, first:]  # (B, A)
+    targets = batch.pop("labels")[:, min(example["prompt"] for example in examples) :]  # (B, A)
     is_input = batch["attention_mask"][:, 1:]  # nothing is predicted from a row's last token
     batch = {name: value[:, :-1] for name, value in batch.items()} | {"attention_mask": is_input}  # (B, T)
     logits = model(**batch, use_cache=False, logits_to_keep=targets.shape[1]).logits.float()
@@ -193,37 +180,34 @@ def calibrate(model, examples: list[dict], capacity: float, batch_size: int = 25
     """
     prompts = [{"ids": one["ids"][: one["prompt"]], "prompt": one["prompt"]} for one in examples]
     prompts.sort(key=lambda example: example["prompt"])  # less padding
+    routers = mindskip.routers(model)
     for done in tqdm(range(passes + 1), "calibration", leave=False, disable=None):
         scores, gates = [], []
         for i in range(0, len(prompts), batch_size):
             batch = collate(prompts[i : i + batch_size], model.device)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             mindskip.decoder_of(model)(ids, attention_mask=mask, use_cache=False)
-            real = mask.bool() if mindskip.routers(model)[0].is_token else slice(None)  # not padding
+            real = mask.bool() if routers[0].is_token else slice(None)  # not padding
             scores.append(last(model, "logit")[:, real].flatten().sigmoid())
             gates.append(last(model, "gate")[:, real].flatten())
         if done < passes:  # the last pass only measures
-            ordered = torch.cat(scores).sort(descending=True).values
-            count, ends = round(capacity * len(ordered)), ordered.new_tensor([1.0, 0.0])
-            edges = torch.cat([ends[:1], ordered, ends[1:]])  # half-way: last let in, first kept out
-            threshold = edges[count : count + 2].mean().item()
-            config = replace(mindskip.routers(model)[0].config, threshold=threshold)
-            for router in mindskip.routers(model):
-                router.config = config
+            edges = torch.cat([*scores, scores[0].new_tensor([0.0, 1.0])]).sort(descending=True).values
+            count = round(capacity * (len(edges) - 2))
+            threshold = edges[count : count + 2].mean().item()  # half-way: last let in, first kept out
+            for router in routers:
+                router.config = replace(router.config, threshold=threshold)
     return torch.cat(gates).mean().item()
 
 
 # ---- Data
-
-
 def collate(examples: list[dict], device: torch.device | str) -> dict[str, Tensor]:
     """One right-padded batch of the model's arguments, (B, T) each: prompts vote, answers carry the loss."""
     ids = [torch.tensor(example["ids"], device=device) for example in examples]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    ids = pad_sequence(ids, batch_first=True)
-    places, prompt = mask.cumsum(1), torch.tensor([[one["prompt"]] for one in examples], device=device)
-    voters, labels = (places <= prompt) & (mask == 1), ids.masked_fill((places <= prompt) | (mask == 0), -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "voters": voters}
+    ids, prompt = pad_sequence(ids, batch_first=True), [[example["prompt"]] for example in examples]
+    is_prompt = mask.cumsum(1) <= torch.tensor(prompt, device=device)
+    labels = ids.masked_fill(is_prompt | (mask == 0), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "voters": is_prompt & (mask == 1)}
 
 
 def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
@@ -231,92 +215,80 @@ def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
 
     ValueError if the data is not there, a row cannot be read, or no example has both a prompt and an answer.
     """
-    name, path = f"--dataset {args.dataset}", Path(args.dataset)
-    examples, read, cut = [], 0, 0
-    split = getattr(args, flag.strip("-").replace("-", "_"))
+    split, path = getattr(args, flag[2:].replace("-", "_")), Path(args.dataset)
+    examples, read, cut, longest = [], 0, 0, args.max_length
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
-    with naming(f"{name}, {flag} {split}"):
-        if path.is_file() and not path.stat().st_size:
-            raise ValueError("no examples: the file is empty")
-        if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            rows = datasets.load_dataset(kind, data_files=str(path), split=split)
-        else:
-            source = str(path.resolve()) if path.is_dir() else args.dataset
-            rows = datasets.load_dataset(source, args.dataset_config, split=split)
-        if not len(rows):
+    with naming(f"--dataset {args.dataset}, {flag} {split}"):
+        file = path.name if path.is_file() else None  # its name tells datasets how to read it
+        source = str((path.parent if file else path).resolve()) if path.exists() else args.dataset
+        options = {"name": args.dataset_config, "data_files": file, "split": split}
+        is_empty = file and not path.stat().st_size
+        if is_empty or not len(rows := datasets.load_dataset(source, **options)):
             raise ValueError("no examples")
-    if args.max_samples is not None and args.max_samples < len(rows):
-        rows = rows.shuffle(seed=0).select(range(args.max_samples))
-    columns = next((columns for columns in FORMATS if set(columns) <= set(rows.column_names)), None)
-    if columns is None:
-        raise ValueError(f"{name}: found columns {rows.column_names}; accepted are {list(FORMATS)}")
-    for i, row in enumerate(tqdm(rows, "reading", leave=False, disable=None)):
-        with naming(f"{name}, row {i}: cannot read {', '.join(columns)}"):
-            values = [row[column] for column in columns]
-            found = FORMATS[columns](tokenizer, *values, row)
-        for ids, prompt in found:
-            read, cut, ids = read + 1, cut + (len(ids) > args.max_length), ids[: args.max_length]
-            prompt = (len(ids) + 1) // 2 if prompt is None else prompt
-            if 0 < prompt < len(ids):
-                examples.append({"task": str(row.get("task", "all")), "ids": ids, "prompt": prompt})
-    told = f"{len(examples):,} examples ({read:,} read, {cut:,} cut at {args.max_length:,} tokens, "
-    told += f"{read - len(examples):,} dropped: no prompt or answer left, or refused by the template)"
-    if not examples:
-        raise ValueError(f"{name}: {told}" + (f"; raise --max-length {args.max_length}?" if cut else ""))
+        if (args.max_samples or len(rows)) < len(rows):
+            rows = rows.shuffle(seed=0).select(range(args.max_samples))
+        for i, row in enumerate(tqdm(rows, "reading", leave=False, disable=None)):
+            with naming(f"row {i}: cannot read {', '.join(row)}"):
+                found = tokenize(tokenizer, row, longest)
+            for ids, prompt in found:
+                read, cut, ids = read + 1, cut + (len(ids) > longest), ids[:longest]
+                if 0 < prompt < len(ids):
+                    examples.append({"task": str(row.get("task", "all")), "ids": ids, "prompt": prompt})
+        told = f"{len(examples):,} examples ({read:,} read, {cut:,} cut at {longest:,} tokens, "
+        told += f"{read - len(examples):,} dropped: no prompt or answer left, or refused by the template)"
+        if not examples:
+            raise ValueError(told + (f"; raise --max-length {longest}?" if cut else ""))
     return examples, told
 
 
-# Formats. Each gives a list of (ids, how many of them are prompt).
-
-
-def answer_after(tokenizer, prompt, answer, row: dict):
-    """Tokenized as a whole, as the model will see it; a token that reaches into the answer belongs to it."""
-    if isinstance(prompt, list):
-        return conversation(tokenizer, prompt + answer, row, first=len(prompt))
+def tokenize(tokenizer, row: dict, max_length: int) -> list[tuple[list[int], int]]:
+    """[(ids, how many of them are prompt)] of a row. The first case whose columns are there reads it."""
+    match row:
+        case {"messages": messages}:
+            return tokenize_turns(tokenizer, messages, first=1)
+        case {"instruction": instruction, "output": answer}:  # https://github.com/tatsu-lab/stanford_alpaca
+            given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+            more = ", paired with an input that provides further context" if given else ""
+            prompt = f"Below is an instruction that describes a task{more}. Write a response that "
+            prompt += "appropriately completes the request.\n\n### Instruction:\n" + instruction + given
+            prompt += "\n\n### Response:\n"
+        case {"prompt": [*asked], "answer": [*said]} | {"prompt": [*asked], "completion": [*said]}:
+            return tokenize_turns(tokenizer, asked + said, first=len(asked))
+        case {"prompt": prompt, "answer": answer} | {"prompt": prompt, "completion": answer}:
+            pass
+        case {"text": text}:  # half of what is left of it
+            ids = tokenizer(text)["input_ids"]
+            return [(ids, (min(len(ids), max_length) + 1) // 2)]
+        case _:
+            formats = ["messages", "instruction, output", "prompt, answer", "prompt, completion", "text"]
+            raise ValueError(f"found columns {list(row)}; accepted are {formats}")
+    # As a whole, as the model will see it; a token that reaches into the answer belongs to it.
     ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
-    alone = tokenizer(prompt)["input_ids"]
-    return [(ids, next((i for i, pair in enumerate(zip(alone, ids)) if pair[0] != pair[1]), len(alone)))]
+    is_shared = [one == other for one, other in zip(tokenizer(prompt)["input_ids"], ids)]
+    return [(ids, [*is_shared, False].index(False))]
 
 
-def alpaca(tokenizer, instruction: str, output: str, row: dict):
-    """The template of Alpaca, https://github.com/tatsu-lab/stanford_alpaca."""
-    given = row.get("input") or ""
-    prompt = "Below is an instruction that describes a task"
-    prompt += ", paired with an input that provides further context. " if given else ". "
-    prompt += "Write a response that appropriately completes the request.\n\n### Instruction:\n" + instruction
-    prompt += f"\n\n### Input:\n{given}\n\n### Response:\n" if given else "\n\n### Response:\n"
-    return answer_after(tokenizer, prompt, output, row)
-
-
-def conversation(tokenizer, messages: list[dict], row: dict, first: int = 1):
+def tokenize_turns(tokenizer, messages: list[dict], first: int) -> list[tuple[list[int], int]]:
     """By the chat template: an example for each turn of the assistant, from message `first` on."""
-    template, found = functools.partial(tokenizer.apply_chat_template, return_dict=False), []
+    found, template = [], tokenizer.apply_chat_template
     with suppress(TemplateError):  # it refuses roles that don't alternate, and the like
         for i in range(first, len(messages)):
             if messages[i]["role"] == "assistant":
-                prompt, ids = template(messages[:i], add_generation_prompt=True), template(messages[: i + 1])
+                prompt = template(messages[:i], add_generation_prompt=True, return_dict=False)
+                ids = template(messages[: i + 1], return_dict=False)
                 found.append((ids, len(prompt) if ids[: len(prompt)] == prompt else 0))
     return found or [([], 0)]  # which is counted as dropped
 
 
-FORMATS = {  # the columns that decide how a row is read, in this order: Alpaca's dataset has `text`, too
-    ("messages",): conversation,
-    ("instruction", "output"): alpaca,
-    ("prompt", "answer"): answer_after,
-    ("prompt", "completion"): answer_after,  # TRL's: two texts, or two lists of messages
-    ("text",): lambda tokenizer, text, row: [(tokenizer(text)["input_ids"], None)],  # half of what is left
-}
-
 # ---- Model
-
-
 def from_pretrained(auto: type, args, **options):
+    """What `auto`, a class of transformers, loads for --model."""
+    is_folder = Path(args.model).is_dir()
     with naming(f"--model {args.model}"):
-        if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model[0] in "./~"):
+        if not is_folder and (args.model.count("/") != 1 or args.model[0] in "./~"):
             raise ValueError("no such folder, and not a Hub id (owner/name)")
-        if Path(args.model).is_dir() and args.revision:
+        if is_folder and args.revision:
             raise ValueError(f"--revision {args.revision} is for a Hub id, and this is a folder")
         options |= {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         return auto.from_pretrained(args.model, **options)
@@ -335,28 +307,26 @@ def device_and_dtype(args) -> tuple[str, torch.dtype]:
 def load_model(args, examples: list[dict], tokens: int = 0) -> torch.nn.Module:
     """A frozen decoder for these examples, or `tokens`, from safetensors only. ValueError if it is broken."""
     (device, dtype), name = device_and_dtype(args), f"--model {args.model}"
-    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
+    options = {"dtype": dtype, "attn_implementation": args.attn_implementation, "device_map": args.device_map}
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, found = from_pretrained(AutoModelForCausalLM, args, device_map=args.device_map, **options)
+    model, found = from_pretrained(AutoModelForCausalLM, args, **options)
     if args.adapter:
         with naming(f"--adapter {args.adapter}"):
             model.load_adapter(args.adapter)
     for what in ("missing", "mismatched", "unexpected"):  # transformers would go on without
         if keys := sorted(found[f"{what}_keys"]):
             raise ValueError(f"{name}: {len(keys)} weights are {what}, among them {keys[0]}")
-    for weight, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.isfinite().all():
-            raise ValueError(f"{name}: {weight} is not finite in {dtype}, or on no device")
+    if broken := [weight for weight, p in model.named_parameters() if p.is_meta or not p.isfinite().all()]:
+        raise ValueError(f"{name}: {broken[0]} is not finite in {dtype}, or on no device")
     longest = max(tokens, *(len(one["ids"]) for one in examples))
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and longest > positions:
-        told = f"{name} has {positions} positions, not {longest}"
-        raise ValueError(f"{told}; lower --max-length or --prompt-length")
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
+    if longest > most:
+        raise ValueError(f"{name} has {most} positions, not {longest}; lower --max-length or --prompt-length")
     known, highest = model.get_input_embeddings().num_embeddings, max(max(one["ids"]) for one in examples)
     if highest >= known:
         raise ValueError(f"{name}: the tokenizer gives token {highest}, but the model has {known}")
     if not args.device_map:
-        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
     return model.eval().requires_grad_(False)
 
 
@@ -379,14 +349,19 @@ def add_trained(model, args) -> MindSkipConfig:
     return config
 
 
+def describe(model, args) -> str:
+    """The line that a run opens with."""
+    place, trained = f"{model.device} {str(model.dtype)[6:]}", model.num_parameters(only_trainable=True)
+    numbers = f"trainable {trained:,} of {model.num_parameters():,} parameters"
+    return f"model {args.model} | {place} | seed {args.seed} | {numbers}"
+
+
 # ---- The command
-
-
 class Parser(argparse.ArgumentParser):
-    """For both scripts: the same words for model and data, and errors that `command` shows."""
+    """For both scripts: the same words for model and data. Without a usage, an error is one line."""
 
     def __init__(self, description: str, split: str):
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False, usage=argparse.SUPPRESS)
         self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         add = self.add_argument_group("model and data").add_argument
         add("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
@@ -403,18 +378,15 @@ class Parser(argparse.ArgumentParser):
         add("--max-samples", type=number(int, 1), help="examples drawn at random; None: all")
         add("--max-length", type=number(int, 2), default=2048, help="tokens of an example; the rest is cut")
 
-    def error(self, message: str):
-        raise ValueError(message)
-
 
 def number(kind: type, low: float, high: float = 1e9, many: bool = False):
-    """An argparse type: a number from low to high, or many of them, as 1,2,3."""
+    """An argparse type: a number from low to high, or a list of them, as 1,2,3."""
 
     def convert(text: str):
-        values = tuple(kind(part) for part in (text.split(",") if many else [text]))
-        if all(low <= value <= high for value in values):
-            return values if many else values[0]
-        raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
+        values = [kind(part) for part in (text.split(",") if many else [text])]
+        if not all(low <= value <= high for value in values):
+            raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high:g}")
+        return values if many else values[0]
 
     convert.__name__ = kind.__name__  # argparse says "invalid int value"
     return convert
@@ -423,7 +395,6 @@ def number(kind: type, low: float, high: float = 1e9, many: bool = False):
 def command(main):
     """Around main: what ends it early becomes one line, wherever it is raised; status 2 (Ctrl-C: 130)."""
 
-    @functools.wraps(main)
     def run(argv: list[str] | None = None):
         for library in (datasets.logging, transformers.utils.logging):  # what fails there is raised, too
             library.set_verbosity(library.CRITICAL)
@@ -431,17 +402,16 @@ def command(main):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a task's name
         try:
             return main(argv)
-        except KeyboardInterrupt:
-            status, message = 130, "stopped"
         except BrokenPipeError:  # of `| head`: nobody reads on
             os._exit(0)
-        except (RuntimeError, MemoryError) as error:  # of a CPU, torch raises a plain RuntimeError
-            is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not is_memory and "allocate memory" not in str(error):
-                raise
-            status, message = 2, "error: out of memory; take a smaller --micro-batch-size"
+        except KeyboardInterrupt:
+            status, message = 130, "stopped"
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             status, message = 2, f"error: {error}"
+        except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            status, message = 2, "error: out of memory; take a smaller --micro-batch-size"
         print(f"{Path(main.__code__.co_filename).name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(status)
 
@@ -454,7 +424,8 @@ def naming(what: str):
     try:
         yield
     except Exception as error:  # raised again: libraries raise of every kind over a file they cannot read
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        is_told = str(error.__cause__ or "") in str(error)
+        cause = "" if is_told else f" ({error.__cause__})"
         raise ValueError(f"{what}: {str(error) or repr(error)}{cause}") from error
 
 
@@ -484,18 +455,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         with naming(f"--resume {args.resume}"):
             described, state = mindskip.read_routers(Path(args.resume, "routers.safetensors"))
-            if "step" not in (about := described["about"]):
-                raise ValueError("this run is finished")
-            if missing := {"exp_avg", "exp_avg_sq", "keep"} - set(state):
-                raise ValueError(f"its progress lacks {missing}")
-            parser.set_defaults(**about["arguments"])
+            if missing := {*MOMENTS, "keep"} - set(state):  # saved where routers alone are trained
+                raise ValueError(f"this run is finished, trained more than routers, or lacks {missing}")
+            then = described["about"]["arguments"]
+            parser.set_defaults(**then)
             args = parser.parse_args(argv)
-            if about["arguments"]["train"] == "all" or about["arguments"]["lora_rank"]:
-                raise ValueError("only routers have progress to go on with; start again with --overwrite")
-            then = {name: about["arguments"][name] for name in FIXED}
-            if changed := {k: v for k, v in then.items() if json.dumps(v) != json.dumps(getattr(args, k))}:
+            if changed := {name: then[name] for name in FIXED.split() if then[name] != getattr(args, name)}:
                 raise ValueError(f"that run has {changed}; start another to change this")
-    if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
+    if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", "1"))):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
     if args.lora_rank and args.train == "all":
         raise ValueError(f"--lora-rank {args.lora_rank}: adapters need a frozen backbone, not --train all")
@@ -504,51 +471,41 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def describe(model, args) -> str:
-    """The line that a run opens with."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    place = f"{model.device} {str(model.dtype).removeprefix('torch.')} | seed {args.seed}"
-    return f"model {args.model} | {place} | trainable {trained:,} of {total:,} parameters"
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)  # what is cheap to check comes first, the weights last
     folder, is_writer = Path(args.resume or f"runs/{args.name}"), os.environ.get("RANK", "0") == "0"
-    is_used = folder.is_dir() and any(path.stat().st_size for path in folder.iterdir())
+    is_used = any(one.stat().st_size for one in folder.glob("*"))
     if is_used and is_writer and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} holds an earlier run; choose another --name, --overwrite or --resume it")
     with torch.device("meta"):  # a model without weights tells whether, and where, it can be routed
         plan = from_pretrained(AutoConfig, args)
-        skeleton = AutoModelForCausalLM.from_config(plan, trust_remote_code=args.trust_remote_code)
-        add_trained(skeleton, args)
-    tokenizer = from_pretrained(AutoTokenizer, args)
+        add_trained(AutoModelForCausalLM.from_config(plan, trust_remote_code=args.trust_remote_code), args)
+    tokenizer, path = from_pretrained(AutoTokenizer, args), folder / "routers.safetensors"
     examples, told = load_examples(args, "--split", tokenizer)
-    model, path, done, state = load_model(args, examples), folder / "routers.safetensors", 0, None
+    model, done, state = load_model(args, examples), 0, None
     hashes = [torch.hash_tensor(weight).item() for weight in model.parameters()]
     prints = {"data": zlib.crc32(json.dumps(examples).encode()), "weights": zlib.crc32(repr(hashes).encode())}
     config = add_trained(model, args)
     if args.resume:
         described, state = mindskip.read_routers(path)
-        done = described["about"]["step"]
-        mindskip.load_routers(model, path)
-        if (before := described["about"].get("fingerprints")) != prints:
+        done, before = described["about"]["step"], described["about"].get("fingerprints")
+        if before != prints:
             raise ValueError(f"--resume {folder}: data or weights changed, from {before} to {prints}")
+        mindskip.load_routers(model, path)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # else frozen lower layers run backward, for the embeddings
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group()
-    commit = None  # of a model from the Hub
+    cached = None  # the configuration of a model from the Hub, in the folder of its commit
     if not Path(args.model).is_dir():
-        commit = Path(try_to_load_from_cache(args.model, "config.json", revision=args.revision)).parent.name
-    about = {"base_model": args.model, "revision": commit, "fingerprints": prints, "adapter": args.adapter}
-    beside = "adapter" if args.lora_rank else "base_model" if args.train == "all" else None  # trained, too
-    if beside:
-        about[beside] = str(folder / beside.removeprefix("base_"))
+        cached = try_to_load_from_cache(args.model, "config.json", revision=args.revision)
+    about = {"revision": cached and Path(cached).parent.name, "fingerprints": prints, "arguments": vars(args)}
+    beside = str(folder / ("adapter" if args.lora_rank else "model"))  # for what is trained, too
+    about["base_model"] = beside if args.train == "all" else args.model
+    about["adapter"] = beside if args.lora_rank else args.adapter
     about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    arguments = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     started = time.perf_counter()
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
@@ -557,34 +514,35 @@ def main(argv: list[str] | None = None) -> None:
             lock.acquire()
         for name in ("results.json", "results.png", "tasks.json"):  # of an earlier run
             (folder / name).unlink(missing_ok=True)
-        log = open(folder / "log.jsonl", "a" if done else "w", buffering=1)
+        log = open(folder / "log.jsonl", "a" if done else "w", buffering=1)  # noqa: SIM115
         print(f"{describe(model, args)}\nrouted layers {config.layers} | capacity {args.capacity} | {told}")
 
     def report(step: int, loss: float, keep: float, lr: float, state: dict) -> None:
         """A line of log.jsonl, progress for --resume, and now and then a line on the screen."""
-        if is_writer:
-            seconds = time.perf_counter() - started
-            mindskip.save_routers(model, path, state, step=step, arguments=arguments, **about)
-            record = {"step": step, "loss": loss, "keep": keep, "lr": lr, "seconds": seconds}
-            log.write(json.dumps(record) + "\n")
-            if step % max(1, args.steps // 15) == 0 or step == args.steps:
-                pace = seconds / (step - done)
-                rest = f"{args.batch_size / pace:,.0f} seq/s | eta {pace * (args.steps - step) / 60:.1f} min"
-                told = f"loss {loss:.3f} | keep {keep:.2f} (target {args.capacity:.2f}) | {rest}"
-                print(f"step {step}/{args.steps} | {told}", flush=True)
+        if not is_writer:
+            return
+        seconds, progress = time.perf_counter() - started, None if beside in about.values() else state
+        mindskip.save_routers(model, path, progress, step=step, **about)
+        record = {"step": step, "loss": loss, "keep": keep, "lr": lr, "seconds": seconds}
+        print(json.dumps(record), file=log)
+        if step % max(1, args.steps // 15) == 0 or step == args.steps:
+            pace = seconds / (step - done)
+            rest = f"{args.batch_size / pace:,.0f} seq/s | eta {pace * (args.steps - step) / 60:.1f} min"
+            told = f"loss {loss:.3f} | keep {keep:.2f} (target {args.capacity:.2f}) | {rest}"
+            print(f"step {step}/{args.steps} | {told}", flush=True)
 
     tune(model, examples, args, done, state, report)
     chosen = random.Random(args.seed).sample(examples, min(CALIBRATION, len(examples)))
     measured = calibrate(model, chosen, args.capacity, args.micro_batch_size or 256)
     if is_writer:
-        mindskip.save_routers(model, path, keep_ratio=measured, arguments=arguments, **about)
+        mindskip.save_routers(model, path, keep_ratio=measured, **about)
         threshold, seconds = mindskip.routers(model)[0].config.threshold, time.perf_counter() - started
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
         if abs(measured - args.capacity) > 0.05:
             print(f"WARNING: {measured:.2f} of the gates are open, not {args.capacity}; try more --steps")
-        if beside:  # for --adapter, or --model
-            mindskip.remove_mindskip(model).save_pretrained(about[beside])
-            tokenizer.save_pretrained(about[beside])
+        if beside in about.values():  # for --adapter, or --model
+            mindskip.remove_mindskip(model).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
         lock.release()
     if dist.is_initialized():
         dist.destroy_process_group()

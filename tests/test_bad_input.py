@@ -213,11 +213,11 @@ TUNE = {
         FILE, lambda folder: (rows({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})(folder), without_chat_template(folder)), "chat template"),
     "JSON that is broken": (FILE, text('{"prompt": "a", "ans'), "Missing a closing quotation mark"),
     "Parquet that is none": (["--dataset", "rows.parquet"], text("PAR", "rows.parquet"), "--dataset rows.parquet"),
-    "another kind of file": (["--dataset", "rows.txt"], text("a", "rows.txt"), "--dataset rows.txt"),
+    "another kind of file": (["--dataset", "rows.doc"], text("a", "rows.doc"), "--dataset rows.doc"),
     "a used folder": (["--name", "used"], used, "choose another --name, --overwrite or --resume it"),
     "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "Not a directory: 'runs/x'"),
     "nothing to resume": (["--resume", "runs/nothing"], nothing, "runs/nothing"),
-    "progress without its moments": (["--resume", "runs/halfway"], halfway, "its progress lacks {'exp_avg_sq'}"),
+    "progress without its moments": (["--resume", "runs/halfway"], halfway, "or lacks {'exp_avg_sq'}"),
     "progress on other data": (
         ["--resume", "runs/halfway"], lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "data or weights changed"),
     "another budget for a run that began": (["--resume", "runs/halfway", "--capacity", "0.25"],

@@ -155,7 +155,7 @@ def test_texts_are_tokenized_as_a_whole():
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("=", "merged_with_previous")]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    ((ids, prompt),) = tune.answer_after(fast, "one=", "two", {})
+    ((ids, prompt),) = tune.tokenize(fast, {"prompt": "one=", "answer": "two"}, 64)
     assert fast.convert_ids_to_tokens(ids) == ["\u2581one=", "two", "</s>"] and prompt == 1
 
 
@@ -166,7 +166,7 @@ def test_a_token_that_reaches_into_the_answer_belongs_to_it(tmp_path):
     words = {word: i for i, word in enumerate(["</s>", "<unk>", *"a=bc", "=b", "bc"])}
     tokenizer = Tokenizer(models.BPE(words, [("=", "b")], unk_token="<unk>"))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    ((ids, prompt),) = tune.answer_after(fast, "a=", "bc", {})
+    ((ids, prompt),) = tune.tokenize(fast, {"prompt": "a=", "answer": "bc"}, 64)
     assert fast.convert_ids_to_tokens(ids) == ["a", "=b", "c", "</s>"] and prompt == 1
 
 
