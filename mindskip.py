@@ -195,8 +195,6 @@ def fix_gates(model: nn.Module, gates: dict[int, bool | Tensor]):
 
 # ---- The gate. Classes named _... are mixed into the classes of the model's modules (_mix_in): modules and
 # names stay, only the class changes. They replace `__call__`, so that hooks of what is skipped don't run.
-
-
 class _Mixin:
     """What remove_mindskip takes out again."""
 
@@ -238,11 +236,9 @@ class _Gated(_Mixin):
         x, tokens = self.normalise(hidden), hidden.shape[1]
         gate = self.router.decide(self.router_input(x), call)  # (B, U)
         if self.router.is_token and self.skips_keys:
-            mask, places = (
-                kwargs.get("attention_mask"),
-                torch.arange(tokens, device=x.device).expand(gate.shape),
-            )
-            kwargs["attention_mask"] = token_mask(mask, places, places, gate > 0, tokens)
+            places = torch.arange(tokens, device=x.device).expand(gate.shape)
+            mask = token_mask(kwargs.get("attention_mask"), places, places, gate > 0, tokens)
+            kwargs["attention_mask"] = mask
         output = self.compute(x, kwargs)
         gate = gate[..., None].to(output.dtype)  # (B, U, 1)
         return output * gate + self.nothing(hidden) * (1 - gate)
@@ -274,11 +270,8 @@ class _Gated(_Mixin):
 
     def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
         """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer have void columns before them."""
-        tokens, is_kept, mask = (
-            x.shape[1],
-            memory.gate[memory.rows] > 0,
-            kwargs.get("attention_mask"),
-        )  # (R, T)
+        tokens, mask = x.shape[1], kwargs.get("attention_mask")
+        is_kept = memory.gate[memory.rows] > 0  # (R, T)
         index = torch.arange(tokens, device=x.device).expand(is_kept.shape)
         are_all = tokens == 1 or bool(is_kept.all())
         if not are_all:

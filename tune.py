@@ -26,6 +26,7 @@ import os
 import random
 import sys
 import time
+import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -124,8 +125,10 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         for parameter in others:  # without one where every gate above was closed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
-        for tensor in total if world > 1 else ():
-            dist.all_reduce(tensor)
+        if world > 1:  # one all-reduce
+            dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in total]))
+            for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total])):
+                tensor.copy_(summed.view_as(tensor))
         if not all(tensor.isfinite().all() for tensor in total):
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
@@ -351,7 +354,8 @@ def add_trained(model, args) -> MindSkipConfig:
 
 def describe(model, args) -> str:
     """The line that a run opens with."""
-    place, trained = f"{model.device} {str(model.dtype)[6:]}", model.num_parameters(only_trainable=True)
+    place = f"{model.device} {str(model.dtype).removeprefix('torch.')}"
+    trained = model.num_parameters(only_trainable=True)
     numbers = f"trainable {trained:,} of {model.num_parameters():,} parameters"
     return f"model {args.model} | {place} | seed {args.seed} | {numbers}"
 
@@ -399,6 +403,7 @@ def command(main):
         for library in (datasets.logging, transformers.utils.logging):  # what fails there is raised, too
             library.set_verbosity(library.CRITICAL)
             library.disable_progress_bar()
+        warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)  # its name in transformers 5.23
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a task's name
         try:
             return main(argv)
