@@ -104,6 +104,17 @@ def save_checkpoint(folder, family: str = "llama", **changes) -> str:
     return str(folder)
 
 
+def need_adapters() -> None:
+    """Skip a test that needs the extra `lora`: without PEFT, or with one that transformers refuses."""
+    pytest.importorskip("peft", reason="the extra `lora`")
+    from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
+
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"the extra `lora`: {error}")
+
+
 def save_rows(path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -1,9 +1,11 @@
-"""How much of the ideal saving is reached: all routed gates closed, against what they skip cut out.
+"""How much of the ideal saving is reached: gates that routers close, against what they skip cut out.
 
-    python tests/limit.py      # one thread, ten minutes
+    python tests/limit.py      # one thread, twenty minutes
 
 On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out, too). A
-share of 1 means that a closed gate costs nothing at all. Then what a step of tune.py takes, with either estimator, in forward passes of the dense model over as many rows.
+share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four rows that disagree,
+with the shape of SmolLM2-135M, and what a step of tune.py takes in forward passes of the dense model over as many
+rows.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tune  # noqa: E402
-from evaluate import decode, prefill, removed, table  # noqa: E402
+from evaluate import copied, decode, prefill, removed, table  # noqa: E402
 from mindskip import GRANULARITIES, MindSkipConfig, _mix_in, add_mindskip, fix_gates  # noqa: E402
 
 
@@ -74,16 +77,30 @@ class WithoutAnything:
 
 
 def three_models(stack: ExitStack, granularity: str) -> list[torch.nn.Module]:
-    """Dense, all routed gates closed, and what they skip removed."""
+    """Dense, all routed gates closed by their routers (no score reaches 1), and what they skip removed."""
     dense, layers = limit_model()
-    closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers, granularity))
-    stack.enter_context(fix_gates(closed, dict.fromkeys(layers, False)))
+    closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers, granularity, threshold=1.0))
     if granularity.startswith("attention"):
         return [dense, closed, stack.enter_context(removed(dense, dict.fromkeys(layers, torch.zeros(1))))]
     without = copy.deepcopy(dense)
     mixin = WithoutMLP if granularity.startswith("mlp") else WithoutAnything
     _mix_in({without.model.layers[i]: mixin for i in layers})
     return [dense, closed, without]
+
+
+def three_that_differ(stack: ExitStack) -> list[torch.nn.Module]:
+    """The same for four rows: 15 of 30 layers are routed, and each is closed for two rows, not always the same.
+
+    Removed: attention and its norm see two rows; their weights are read and their keys kept. This is the bound.
+    """
+    torch.manual_seed(0)
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    dense, layers = LlamaForCausalLM(config).eval().requires_grad_(False), tuple(range(14, 29))
+    routed = add_mindskip(copied(dense), MindSkipConfig(layers))
+    gates = {i: torch.randperm(4) < 2 for i in layers}
+    stack.enter_context(fix_gates(routed, gates))
+    return [dense, routed, stack.enter_context(removed(dense, gates))]
 
 
 @torch.no_grad()
@@ -107,14 +124,16 @@ def cpu_time(function, *args) -> tuple[float, object]:
 
 
 @torch.no_grad()
-def time_shares(granularity: str, repeats: int, length: int = 512, new_tokens: int = 32) -> dict[str, dict]:
-    """CPU time of one thread: shares of the ideal gain.
+def time_shares(
+    build, repeats: int, rows: int = 1, length: int = 512, new_tokens: int = 32
+) -> dict[str, dict]:
+    """CPU time of one thread: shares of the ideal gain, for `rows` prompts at a time. build: makes three models.
 
     Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
     """
-    times, prompt = {"prefill": [], "decode": []}, torch.arange(length)[None]
+    times, prompt = {"prefill": [], "decode": []}, torch.arange(rows * length).view(rows, length)
     with ExitStack() as stack:
-        models = three_models(stack, granularity)
+        models = build(stack)
         for repeat in tqdm(range(-1, repeats), "limit", leave=False, disable=None):
             prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
             steps = [
@@ -124,11 +143,12 @@ def time_shares(granularity: str, repeats: int, length: int = 512, new_tokens: i
             if repeat >= 0:
                 times["prefill"].append(prefills)
                 times["decode"].append([statistics.median(column) for column in zip(*steps)])
-    results = {"operations": {"share": operations_share(granularity)}}
-    for phase, rows in times.items():
+    results = {}
+    for phase, measured in times.items():
         # A share is a ratio of differences of noisy times: that of the medians, and quartiles of single repeats.
-        medians = [statistics.median(column) for column in zip(*rows)]
-        low, _, high = statistics.quantiles([(full - ours) / (full - cut) for full, ours, cut in rows], n=4)
+        medians = [statistics.median(column) for column in zip(*measured)]
+        shares = [(full - ours) / (full - cut) for full, ours, cut in measured]
+        low, _, high = statistics.quantiles(shares, n=4)
         share = (medians[0] - medians[1]) / (medians[0] - medians[2])
         results[phase] = {"share": share, "q1": low, "q3": high, "dense_closed_removed_ms": medians}
     return results
@@ -178,11 +198,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, spread = {}, "[{q1:.3f} {q3:.3f}]"
     print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
-    for granularity in GRANULARITIES:
-        results = time_shares(granularity, repeats)
-        rows[granularity] = {"operations": results["operations"]["share"]}
-        for phase in ("prefill", "decode"):
-            rows[granularity][phase] = f"{results[phase]['share']:.3f} {spread.format(**results[phase])}"
+    shares = {granularity: partial(three_models, granularity=granularity) for granularity in GRANULARITIES}
+    shares["4 rows that differ"] = three_that_differ
+    for name, build in shares.items():
+        results = time_shares(build, repeats, rows=4 if build is three_that_differ else 1)
+        rows[name] = {phase: f"{one['share']:.3f} {spread.format(**one)}" for phase, one in results.items()}
+        rows[name]["operations"] = operations_share(name) if name in GRANULARITIES else float("nan")
     columns = {"prefill": "{prefill}", "decode": "{decode}", "decode, operations": "{operations:.3f}"}
     print(table("share of the ideal gain", rows, columns))
     columns = {"median": "{median:.3f}", "quartiles": "{quartiles}"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROUTED, build, question_rows, save_checkpoint, save_rows, tokens
+from conftest import ROUTED, build, need_adapters, question_rows, save_checkpoint, save_rows, tokens
 from test_bad_input import refused
 from test_tune import ESTIMATORS, examples, frozen, load_model, recorded_gradients, settings
 from transformers import AutoTokenizer
@@ -67,7 +67,7 @@ def test_training_all_saves_a_model_and_routers_that_go_together(flags):
 )
 def test_routers_on_another_model_than_theirs_are_told(trained, given, flags, capsys):
     if "--lora-rank" in trained:
-        pytest.importorskip("peft", reason="the extra `lora`")
+        need_adapters()
     tune.main([*flags, *trained])
     ours = ["--routers", "runs/more", *flags[:2], "--explain", "1+1="]
     capsys.readouterr()
@@ -80,7 +80,7 @@ def test_routers_on_another_model_than_theirs_are_told(trained, given, flags, ca
 
 
 def test_adapters_and_routers_are_saved_apart_and_loaded_in_either_order(flags):
-    pytest.importorskip("peft", reason="the extra `lora`")
+    need_adapters()
     base = {name: p.clone() for name, p in load_model(flags[1]).named_parameters()}
     tune.main([*flags, "--lora-rank", "2", "--backbone-lr", "0.05"])
     first = load_routers(load_model(flags[1], adapter="runs/more/adapter"), "runs/more")
