@@ -12,12 +12,14 @@ A row of a table is a way to set gates. Static and random rows ask whether *dyna
 
     dense       every gate open; in the table of costs, the model without routers
     mindskip    the tuned routers decide
-    static      as many layers closed as mindskip skips: those whose sublayer changes its input least, by cosine
-                similarity (LLM-Drop, arXiv 2406.15786); those that this router closes most often on training
-                data; the best subset, chosen on the test split, in its favour. Costs: the first layers
+    static      as many layers closed as mindskip skips, for all prompts alike. similarity: those whose sublayer
+                changes its input least (LLM-Drop, arXiv 2406.15786); router: those that this router closes most
+                often on training data; best: the best subset, chosen on the test split, in its favour. In the
+                table of costs: the first ones
     random      each gate (a sequence's, or a token's) open with the probability mindskip's keep ratio
     removed     the limit of a row's time: attention and its norm cut out, by the same decisions
-    multiply    nothing skipped: attention computed, then multiplied by the gates of the second row
+    multiply    the control for time: attention computed, then multiplied by mindskip's gates (--what-if: by
+                those of rows that agree)
 
 A column is a heading and a format of a row's results. FLOPs are counted, milliseconds are measured:
 
@@ -25,7 +27,7 @@ A column is a heading and a format of a row's results. FLOPs are counted, millis
     +-          standard error; of a difference to dense, that of the paired difference
     loss, keep  mean nats of an answer token; keep ratio: the fraction of routed gates that were open
     FLOP        by formula: one prompt's prefill, and the last decode step of one row
-    ms          for all prompts, median: prefill; decode, of one more token of each
+    ms          median, for all prompts: of prefill; of one decode step
     x           median over repeats of dense time / row time in the same repeat [quartiles]
     of limit    (dense time - row time) / (dense time - removed time), of medians
     KV, peak    keys and values of all prompts after decoding; most bytes of tensors that a prefill makes
@@ -41,7 +43,7 @@ import re
 import statistics
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -49,7 +51,7 @@ from pathlib import Path
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 
 import mindskip
 import tune
@@ -143,7 +145,7 @@ def most_redundant(model, examples: list, count: int, batch_size: int) -> tuple[
     def follow(i: int, layer, module, args, kwargs, output) -> None:
         before, after = [*args, *kwargs.values()][0], output[0] if isinstance(output, tuple) else output
         if module is mindskip.gated_module(layer, what) or before is added.get(i):
-            added[i] = after  # by what is skipped, then by a norm on its way to the stream
+            added[i] = after  # by what is skipped; then a norm on the way to the residual stream changes it
         if module is layer:
             if what.startswith("attention"):  # it comes first in a layer
                 after = before + added[i]
@@ -246,57 +248,54 @@ def forward_flops(model, tokens, visible, keep, logits=1, granularity="attention
     return 2.0 * total
 
 
-def prefill(model, prompts: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
+def prefill(model, prompts: torch.Tensor) -> tuple[Cache, torch.Tensor]:
     """The prompt pass (B, T): the filled cache, and the first new token (B, 1)."""
     output = model(prompts, use_cache=True, logits_to_keep=1)
     return mindskip.kv_cache(output), output.logits[:, -1:].argmax(-1)
 
 
-def decode(model, cache: DynamicCache, token: torch.Tensor, steps: int) -> torch.Tensor:
+def decode(model, cache: Cache, token: torch.Tensor, steps: int) -> torch.Tensor:
     """The one-token passes: `steps` more tokens, greedily."""
     for _ in range(steps):
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)  # (B, 1)
     return token
 
 
-def in_groups(context, gates: dict, prompts: torch.Tensor, size: int):
-    """(model, prompts) for every `size` prompts: `context` gives the model under their part of the gates."""
-    for start in range(0, len(prompts), size):
-        with context({i: gate[start : start + size] for i, gate in gates.items()}) as model:
-            yield model, prompts[start : start + size]
-
-
 @torch.no_grad()
-def measure(rows: dict, prompts: torch.Tensor, size: int, new_tokens: int, repeats: int) -> dict[str, dict]:
-    """Weigh and time rows, {name: (context, gates)}, on prompts (B, T), `size` of them at a time.
+def measure(rows: dict, groups: list[torch.Tensor], new_tokens: int, repeats: int) -> dict[str, dict]:
+    """Weigh and time rows, {name: [(model, gates) for each group]}, on groups of prompts, (b, T) each.
 
-    context: a function of gates {layer: (B,) bool} that gives a context with the model. Rows take turns, in an
-    order that rotates: each repeat gives a ratio to dense, the first row, on the same machine's state.
+    Times are sums over groups. Rows take turns, in an order that rotates: each repeat gives a ratio to dense, the
+    first row, on the same machine's state.
     """
     names, times = list(rows), {(name, phase): [] for name in rows for phase in ("prefill", "decode")}
     results = {name: {"kv_kib": 0.0, "peak_mib": 0.0} for name in rows}
     for name, row in rows.items():  # the warm-up, too
-        for model, group in in_groups(*row, prompts, size):
-            tracker = MemTracker()
-            tracker.track_external(model.requires_grad_(True), group)  # it can't track frozen weights
-            with tracker:
-                cache, token = prefill(model, group)
-            model.requires_grad_(False)
-            decode(model, cache, token, new_tokens)
-            peak = sum(held[_MemRefType.ACT] for held in tracker.get_tracker_snapshot("peak").values())
+        for (model, gates), group in zip(row, groups):
+            tracker, is_tracked = MemTracker(), all(one.is_floating_point() for one in model.parameters())
+            if is_tracked:  # neither quantized nor frozen weights can be
+                tracker.track_external(model.requires_grad_(True), group)
+            with fix_gates(model, gates):
+                with tracker if is_tracked else nullcontext():
+                    cache, token = prefill(model, group)
+                model.requires_grad_(False)
+                decode(model, cache, token, new_tokens)
+            snapshot = tracker.get_tracker_snapshot("peak").values()
+            peak = sum(held[_MemRefType.ACT] for held in snapshot) if is_tracked else math.nan
             results[name]["peak_mib"] = max(results[name]["peak_mib"], peak / 2**20)
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             results[name]["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
     for repeat in tqdm(range(repeats), "timing", leave=False, disable=None):
         for name in names[repeat % len(rows) :] + names[: repeat % len(rows)]:
             clocks = []
-            for model, group in in_groups(*rows[name], prompts, size):
-                start = time.perf_counter()
-                cache, token = prefill(model, group)
-                token.tolist()  # waits until the device has done all that it was given
-                between = time.perf_counter()
-                decode(model, cache, token, new_tokens).tolist()
-                clocks.append((between - start, (time.perf_counter() - between) / new_tokens))
+            for (model, gates), group in zip(rows[name], groups):
+                with fix_gates(model, gates):
+                    start = time.perf_counter()
+                    cache, token = prefill(model, group)
+                    token.tolist()  # waits until the device has done all that it was given
+                    between = time.perf_counter()
+                    decode(model, cache, token, new_tokens).tolist()
+                    clocks.append((between - start, (time.perf_counter() - between) / new_tokens))
             for phase, seconds in zip(("prefill", "decode"), zip(*clocks)):
                 times[name, phase].append(1e3 * sum(seconds))
     for (name, phase), mine in times.items():
@@ -325,8 +324,19 @@ def copied(model) -> torch.nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-@contextmanager
-def removed(model, gates: dict[int, torch.Tensor]):
+def multiplied(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
+    """A copy whose attention is computed and then multiplied by the gates (B,)."""
+
+    def multiply(module, args, output, gate):
+        return output[0] * gate.view(-1, 1, 1).to(output[0].dtype), *output[1:]
+
+    model = copied(model)
+    for i, gate in gates.items():
+        decoder_of(model).layers[i].self_attn.register_forward_hook(partial(multiply, gate=gate))
+    return model
+
+
+def removed(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
     """A copy of a model of Llama's kind: attention and its norm see as many rows as `gates` (B,) keep, the first.
 
     The limit: no gate, no index, no zeros. Weights are read, and keys kept, for those rows.
@@ -343,7 +353,7 @@ def removed(model, gates: dict[int, torch.Tensor]):
         if not gate.all():
             layer = decoder_of(model).layers[i]
             layer.forward = partial(forward, layer, int(gate.sum()))
-    yield model
+    return model
 
 
 @torch.no_grad()
@@ -352,27 +362,29 @@ def compare_cost(dense, routed, ways: dict, prompts: torch.Tensor, size: int, ar
 
     A row "NAME, removed" is the limit of NAME, left out where layers are not of Llama's kind.
     """
-    found, length = routers(routed), prompts.shape[1]
-    granularity, group = found[0].config.granularity, prompts[:size]
-    rows, decided, has_limit = {"dense": (partial(fix_gates, dense), {})}, {}, False
+    found, groups, length = routers(routed), prompts.split(size), prompts.shape[1]
+    granularity, decided, has_limit = found[0].config.granularity, {}, False
+
+    def in_groups(gates: dict) -> list[dict]:
+        return [{i: gate[k : k + size] for i, gate in gates.items()} for k in range(0, len(prompts), size)]
+
     if granularity == "attention-sequence":
-        closed = {router.layer: torch.zeros(len(group), dtype=torch.bool) for router in found}
-        with suppress(AttributeError, TypeError), fix_gates(routed, closed), removed(dense, closed) as limit:
-            ours, cut = (model(group, logits_to_keep=1).logits for model in (routed, limit))
-            has_limit = torch.allclose(ours, cut, rtol=0.01, atol=0.01 * ours.abs().max())  # Llama's kind
+        closed = {router.layer: torch.zeros(len(groups[0]), dtype=torch.bool) for router in found}
+        with suppress(AttributeError, TypeError, RuntimeError), fix_gates(routed, closed):
+            both = routed, removed(dense, closed)
+            ours, cut = (model(groups[0], logits_to_keep=1).logits for model in both)
+            has_limit = torch.allclose(ours, cut, rtol=0.01, atol=0.01 * ours.abs().max())
+    rows = {"dense": [(dense, {})] * len(groups)}
     for name, gates in ways.items():
         with fix_gates(routed, gates):
             prefill(routed, prompts)
         decided[name] = {router.layer: router.gate > 0 for router in found}  # (B, U)
-        rows[name] = partial(fix_gates, routed), gates
+        rows[name] = [(routed, some) for some in in_groups(gates)]
         if has_limit and name != "static":
-            rows[f"{name}, removed"] = partial(removed, dense), decided[name]
+            rows[f"{name}, removed"] = [(removed(dense, some), {}) for some in in_groups(decided[name])]
     if granularity == "attention-sequence":
-        control = copied(routed)
-        for router in routers(control):
-            router.train()  # all is computed, and multiplied by its gate
-        rows["multiply"] = partial(fix_gates, control), decided[next(iter(ways))]
-    cost = measure(rows, prompts, size, args.new_tokens, args.repeats)
+        rows["multiply"] = [(multiplied(dense, some), {}) for some in in_groups(decided[next(iter(ways))])]
+    cost = measure(rows, groups, args.new_tokens, args.repeats)
     for name, row in cost.items():
         gates = decided.get(name.removesuffix(", removed"), {})  # dense and multiply: none
         row["kept"] = {i: gate.float().mean().item() for i, gate in gates.items()}
@@ -458,7 +470,7 @@ def compare_tasks(model, tokenizer, layers, others: dict, train: list[dict], man
     from lm_eval import simple_evaluate
 
     options = {"limit": args.task_limit, "task_manager": manager, "log_samples": False}
-    every, columns = dict.fromkeys([*layers, *others], True), {}
+    every = dict.fromkeys([*layers, *others], True)
 
     def run(gates: dict) -> dict:
         adapter, tasks = harness_adapter(model, tokenizer, gates, args.micro_batch_size), {}
@@ -478,12 +490,16 @@ def compare_tasks(model, tokenizer, layers, others: dict, train: list[dict], man
     count = round((1 - rows["mindskip"]["keep"]) * len(layers))
     closed = most_redundant(model, train, count, args.micro_batch_size)
     rows["static"] = run(every | dict.fromkeys(closed, False)) | {"closed": closed}
+    return rows
+
+
+def show_tasks(rows: dict) -> None:
+    columns = {}
     for name, at in rows["dense"]["tasks"].items():
         cell = f"{{tasks[{name}][value]:.1f}} +-{{tasks[{name}][error]:.1f}}"
         columns[f"{name} {at['metric']}, {at['shots']}-shot"] = cell
     print(table("%", rows, columns | {"average": "{average:.2f}", "keep": "{keep:.3f}"}))
-    print(f"static closes {closed}")
-    return rows
+    print(f"static closes {rows['static']['closed']}")
 
 
 # ---- Showing
@@ -581,7 +597,7 @@ def parse_arguments(argv: list[str] | None = None):
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)  # what is cheap to check comes first, the weights last
-    for flag, package in (("plot", "matplotlib"), ("tasks", "lm_eval")):
+    for flag, package in (("plot", "matplotlib"), ("tasks", "lm_eval.models.huggingface")):
         if getattr(args, flag):
             with naming(f"--{flag} needs the extra `{flag}`: pip install -e '.[{flag}]'"):
                 importlib.import_module(package)
@@ -622,7 +638,8 @@ def main(argv: list[str] | None = None) -> None:
     results = {"config": vars(config), "arguments": vars(args)}
     if args.tasks:
         results["tasks"] = compare_tasks(model, tokenizer, layers, others, train, manager, args)
-        return write_json(results, folder / "tasks.json")
+        write_json(results, folder / "tasks.json")  # first: a closed pipe ends the command at a print
+        return show_tasks(results["tasks"])
     for capacity in args.capacity or ():
         layers, others = attach(model, path, capacity, train)
         print(f"\ncapacity {capacity} | threshold {routers(model)[0].config.threshold:.4f}")

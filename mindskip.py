@@ -200,7 +200,11 @@ class _Mixin:
 
 
 # Where the result of attention, or of the MLP, replaces that of the layer norm before it, this norm serves it
-# alone and can wait for the gate: its name is captured. Other norms (after attention, or shared) stay as they are.
+# alone and can wait for the gate. Its name is captured, as here:
+#     residual = hidden_states
+#     hidden_states = self.input_layernorm(hidden_states)
+#     hidden_states, _ = self.self_attn(hidden_states=hidden_states, ...)
+# Other norms (after attention, or shared with the MLP) stay as they are: right, but they take their time.
 _OUTPUT = r"(?:residual = hidden_states\s+hidden_states = self\.(\w+)\(hidden_states\)(?:\s*#.*)*\s+"
 _OUTPUT += r"hidden_states|\n *\w+)"
 
@@ -246,13 +250,14 @@ class _Gated(_Mixin):
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        cache = kv_cache(kwargs) if self.skips_keys else call.cache
+        is_mlp_of_row = not self.skips_keys and not router.is_token  # other MLPs need no memory
+        cache = call.cache if is_mlp_of_row else kv_cache(kwargs)
         memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
             gate = router.decide(hidden if x is None else self.router_input(x), call)
-            memory.keep(gate.detach(), router.fixed)
-            memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])  # enough where the layer only adds it
+            memory.note(gate.detach(), router.fixed)
+            memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])  # one broadcast zero: the layer adds it
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
         else:  # no router runs, and no device is waited for
@@ -269,7 +274,7 @@ class _Gated(_Mixin):
         return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
 
     def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
-        """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer have void columns before them."""
+        """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer have void columns before theirs."""
         tokens, mask = x.shape[1], kwargs.get("attention_mask")
         is_kept = memory.gate[memory.rows] > 0  # (R, T)
         index = torch.arange(tokens, device=x.device).expand(is_kept.shape)
@@ -370,7 +375,7 @@ _PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)  # in `gene
 class Call:
     """What the routers of one forward pass need to know of it."""
 
-    voters: Tensor | None  # (B, T) bool; None when a KV cache goes on, or each token decides for itself
+    voters: Tensor | None  # (B, T) bool; None where a KV cache goes on, or each token decides for itself
     padding: Tensor | None  # (B, T) bool
     cache: Cache | None = None  # for MLPs, which the model doesn't tell of it
 
@@ -399,9 +404,11 @@ class _RoutedModel(_Mixin):
     def begin(self, voters: Tensor | None, given: dict) -> Call:
         """Who votes, by the model's arguments. ValueError if they don't tell, or ask for what a gate skips."""
         ids, mask, labels, places = map(given.get, ("input_ids", "attention_mask", "labels", "position_ids"))
-        shape = (given["inputs_embeds"] if ids is None else ids).shape[:2]  # (B, T)
+        inputs, cache = given.get("inputs_embeds") if ids is None else ids, kv_cache(given)
+        if inputs is None:  # which the model itself refuses
+            return Call(None, None)
+        shape = inputs.shape[:2]  # (B, T)
         padding = ~mask[:, -shape[1] :].bool() if getattr(mask, "ndim", 0) == 2 else None
-        cache, is_token = kv_cache(given), self.granularity.endswith("token")
         for name in _GATED[self.granularity.split("-")[0]].outputs:
             if given.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{name}: what a gate skips gives none")
@@ -409,20 +416,22 @@ class _RoutedModel(_Mixin):
             if self.training or voters is not None:
                 raise ValueError("a KV cache has its decisions already: no voters now, and no training mode")
             return Call(None, padding)
+        if self.granularity.endswith("token"):  # each token decides for itself
+            return Call(None, padding)
         if voters is not None:
             if voters.shape != shape or voters.dtype != torch.bool:
                 raise ValueError(f"voters must be bool {(*shape,)}, got {voters.dtype} {(*voters.shape,)}")
         elif labels is not None:
             # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
             voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-            if (labels[:, 0] != -100).any() and not is_token:
+            if (labels[:, 0] != -100).any():
                 warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=3)
         elif mask is not None and padding is None:
             raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
         elif mask is None and places is not None and (places.diff() < 0).any():
             raise ValueError("positions start again: packed sequences would share a gate; pass voters")
         else:
-            voters = torch.ones(shape, dtype=torch.bool, device=self.device)
+            voters = torch.ones(shape, dtype=torch.bool, device=inputs.device)
             if ids is not None and getattr(self.config, "pad_token_id", None) is not None:
                 self.warn_if_padding_and_no_attention_mask(ids, mask)  # transformers' own method
         if padding is not None:
@@ -432,7 +441,7 @@ class _RoutedModel(_Mixin):
             if shape[1] < prompt:
                 raise ValueError(f"a decision needs the whole prompt: {prompt} tokens, not {shape[1]}")
             voters = voters & (torch.arange(shape[1], device=voters.device) < prompt)
-        if not is_token and (rows := (~voters.any(1)).nonzero()[:, 0].tolist()):
+        if rows := (~voters.any(1)).nonzero()[:, 0].tolist():
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
         return Call(voters, padding)
 
@@ -491,7 +500,8 @@ class _RoutedCacheLayer(CacheLayerMixin):
     places = None  # with gates for tokens: (B, columns), a key's place in the sequence, -1 where it is void
     first = None  # the cache's first layer, which knows the length even where this one is closed
 
-    def keep(self, gate: Tensor, fixed) -> None:
+    def note(self, gate: Tensor, fixed) -> None:
+        """Store a decision, and which rows run."""
         self.gate, self.fixed, self.rows = gate, fixed, (gate > 0).any(1).nonzero()[:, 0]
         self.count = len(self.rows)
 
@@ -509,7 +519,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         return token_mask(mask, queries, keys, keys >= total - visible, total)
 
     def get_seq_length(self) -> int:
-        # Without a kept row, closed from the start or since rows were selected, it holds no keys to count.
+        # Columns don't tell it with gates for tokens, nor without a kept row (closed, or since reordered).
         is_known = self.has_all_keys or (self.places is None and self.count)
         return super().get_seq_length() if is_known else self.first.get_seq_length()
 
@@ -530,7 +540,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         return cached if len(rows) == batch else take_rows(cached, rows, batch)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.places is not None:  # the first layer was cropped before
+        if self.places is not None:  # layer 0, cropped before this one, tells the new length
             self.places = self.places.where(self.places < self.get_seq_length(), -1)
         elif self.is_initialized:  # else closed for all rows
             super().crop(tokens_to_remove)
@@ -547,7 +557,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
             return
         index = index.to(self.gate.device)
         place = (self.gate > 0).any(1).cumsum(0) - 1  # of a kept row's keys
-        self.keep(self.gate[index], self.fixed)
+        self.note(self.gate[index], self.fixed)
         if self.places is not None:
             self.places = self.places[index]
         elif not self.has_all_keys:
@@ -619,10 +629,8 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
         raise ValueError(f"layers {config.layers}: only the attention of layers {fit} can be routed")
     decoder, text = decoder_of(model), model.config.get_text_config(decoder=True)
     what, unit = config.granularity.split("-")
-    attention = model.config._attn_implementation
-    if unit == "token" and (
-        getattr(text, "attn_temperature_tuning", 0) or attention not in ("eager", "sdpa")
-    ):
+    attention, temperature = model.config._attn_implementation, getattr(text, "attn_temperature_tuning", 0)
+    if unit == "token" and (temperature or attention not in ("eager", "sdpa")):
         raise ValueError(f"gates for tokens need eager or sdpa attention, without temperature: {attention}")
     if getattr(text, "num_kv_shared_layers", 0) or attention == "flex_attention":
         raise ValueError("keys shared between layers, or flex_attention, leave no rows to skip")

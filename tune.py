@@ -16,7 +16,8 @@ Differs from the paper:
     one budget   The mean is over all routed layers and the batch (at micro-batch 1, a layer's is 0 or 1).
                  The hinge takes that of the step before, so that a step can be computed in parts.
     calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
-    lambda, lr   0.3 and 0.1, at width 128. lr should fall as D grows: a logit is a sum over D (not measured).
+    lambda, lr   0.3 (there up to 0.1) and 0.1 (1e-5), at width 128. A logit is a sum over D, so that lr should
+                 fall as D grows (this was not measured).
 """
 
 import argparse
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import warnings
@@ -53,7 +55,9 @@ CALIBRATION = 4096  # training examples that set the threshold, and that choose 
 DRAWS = 4  # of the gates of each prompt, in a step of rloo; twice as many where each token has a gate
 FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
-FIXED = "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed"
+FIXED = (
+    "layers granularity capacity estimator sparsity_weight logit_weight batch_size lr seed train lora_rank"
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each router: with the keep ratio, a run's progress
 
 
@@ -93,7 +97,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         is_mode_read = isinstance(module, mindskip.Router) or getattr(module, "gradient_checkpointing", False)
         module.training = is_mode_read and not is_drawn
     for step in range(done + 1, args.steps + 1):
-        torch.manual_seed(args.seed * 1_000_003 + step)  # draws don't depend on earlier steps: --resume
+        torch.manual_seed(args.seed * 1_000_003 + step)  # each step, so that a resumed run draws the same
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
         answers = sum(len(one["ids"]) - one["prompt"] for one in batch)  # their tokens
         units = [len(one["ids"]) - 1 if is_token else 1 for one in batch]  # gates in a layer
@@ -111,7 +115,8 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         for part in parts:
             for router, drawn in zip(routers, thresholds[:, :, part].flatten(1, 2)):
                 router.drawn = drawn.to(router.weight.device) if is_drawn else None
-            # All prompts of this part under their first draw, then under the next. Shares of a mean.
+            # All prompts of this part under their first draw, then under the next. Divided by the step's
+            # answer tokens, so that parts add up to its mean.
             nats = score(model, [batch[i] for i in part] * draws)[0] / answers  # (draws * prompts,)
             logits, gates = last(model, "logit"), last(model, "gate")  # (layers, draws * prompts[, T])
             share = gates.isfinite().sum().item() / count  # that this part has of the step's gates
@@ -122,7 +127,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             loss.backward()
             task_loss += nats.detach().sum() / draws
             opened += gates.detach().nansum()
-        for parameter in others:  # without one where every gate above was closed
+        for parameter in others:  # an adapter gets none where every gate above was closed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         total = [task_loss, opened, *(parameter.grad for parameter in weights + others)]
         if world > 1:  # one all-reduce
@@ -223,11 +228,15 @@ def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
     with naming(f"--dataset {args.dataset}, {flag} {split}"):
-        file = path.name if path.is_file() else None  # its name tells datasets how to read it
-        source = str((path.parent if file else path).resolve()) if path.exists() else args.dataset
-        options = {"name": args.dataset_config, "data_files": file, "split": split}
-        is_empty = file and not path.stat().st_size
-        if is_empty or not len(rows := datasets.load_dataset(source, **options)):
+        if path.is_file():
+            kind = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}.get(path.suffix, "json")
+            rows = (
+                datasets.load_dataset(kind, data_files=str(path), split=split) if path.stat().st_size else []
+            )
+        else:
+            source = str(path.resolve()) if path.is_dir() else args.dataset
+            rows = datasets.load_dataset(source, args.dataset_config, split=split)
+        if not len(rows):
             raise ValueError("no examples")
         if (args.max_samples or len(rows)) < len(rows):
             rows = rows.shuffle(seed=0).select(range(args.max_samples))
@@ -403,7 +412,7 @@ def command(main):
         for library in (datasets.logging, transformers.utils.logging):  # what fails there is raised, too
             library.set_verbosity(library.CRITICAL)
             library.disable_progress_bar()
-        warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)  # its name in transformers 5.23
+        warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)  # `cache` from 5.24 on
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a task's name
         try:
             return main(argv)
@@ -414,7 +423,7 @@ def command(main):
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             status, message = 2, f"error: {error}"
         except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
             status, message = 2, "error: out of memory; take a smaller --micro-batch-size"
         print(f"{Path(main.__code__.co_filename).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -425,7 +434,7 @@ def command(main):
 
 @contextmanager
 def naming(what: str):
-    """Put the flag and its value before what a library says of them: it tells what to change."""
+    """Put the flag and its value before what a library says of them: the name tells what to change."""
     try:
         yield
     except Exception as error:  # raised again: libraries raise of every kind over a file they cannot read
@@ -460,8 +469,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         with naming(f"--resume {args.resume}"):
             described, state = mindskip.read_routers(Path(args.resume, "routers.safetensors"))
-            if missing := {*MOMENTS, "keep"} - set(state):  # saved where routers alone are trained
-                raise ValueError(f"this run is finished, trained more than routers, or lacks {missing}")
+            if not {*MOMENTS, "keep"} <= set(state):  # which unfinished runs save that train routers alone
+                raise ValueError(
+                    "this run is finished, or trained more than routers: it has no progress to go on with"
+                )
             then = described["about"]["arguments"]
             parser.set_defaults(**then)
             args = parser.parse_args(argv)
@@ -508,6 +519,7 @@ def main(argv: list[str] | None = None) -> None:
         cached = try_to_load_from_cache(args.model, "config.json", revision=args.revision)
     about = {"revision": cached and Path(cached).parent.name, "fingerprints": prints, "arguments": vars(args)}
     beside = str(folder / ("adapter" if args.lora_rank else "model"))  # for what is trained, too
+    is_beside = args.train == "all" or args.lora_rank is not None
     about["base_model"] = beside if args.train == "all" else args.model
     about["adapter"] = beside if args.lora_rank else args.adapter
     about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -526,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         """A line of log.jsonl, progress for --resume, and now and then a line on the screen."""
         if not is_writer:
             return
-        seconds, progress = time.perf_counter() - started, None if beside in about.values() else state
+        seconds, progress = time.perf_counter() - started, None if is_beside else state
         mindskip.save_routers(model, path, progress, step=step, **about)
         record = {"step": step, "loss": loss, "keep": keep, "lr": lr, "seconds": seconds}
         print(json.dumps(record), file=log)
@@ -545,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"threshold {threshold:.4f} opens {measured:.3f} of the gates | {seconds:.0f} s | {path}")
         if abs(measured - args.capacity) > 0.05:
             print(f"WARNING: {measured:.2f} of the gates are open, not {args.capacity}; try more --steps")
-        if beside in about.values():  # for --adapter, or --model
+        if is_beside:  # for --adapter, or --model
             mindskip.remove_mindskip(model).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
         lock.release()

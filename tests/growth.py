@@ -8,7 +8,6 @@ On the random Llama of tests/limit.py (width 512, 8 layers); the time of tuning 
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from limit import limit_model  # noqa: E402
 
 import evaluate  # noqa: E402
 import tune  # noqa: E402
-from mindskip import MindSkipConfig, add_mindskip, fix_gates  # noqa: E402
+from mindskip import MindSkipConfig, add_mindskip  # noqa: E402
 
 LENGTHS, EXAMPLES = {1: (128, 512, 1024, 2048, 4096), 4: (128, 512, 1024)}, (64, 256, 1024)
 
@@ -51,11 +50,11 @@ def saving(args) -> dict[str, dict]:
 def routing(args) -> dict[str, dict]:
     """Every gate open, decided by routers: what deciding costs, by the number of routed layers."""
     dense, _ = limit_model()
-    prompts, rows = torch.arange(512)[None], {"dense": (partial(fix_gates, dense), {})}
+    rows = {"dense": [(dense, {})]}
     for count in (1, 2, 4, 7):
         routed = add_mindskip(evaluate.copied(dense), MindSkipConfig(tuple(range(8 - count, 8))))
-        rows[f"{count} routed"] = partial(fix_gates, routed), {}
-    rows = evaluate.measure(rows, prompts, 1, args.new_tokens, args.repeats)
+        rows[f"{count} routed"] = [(routed, {})]
+    rows = evaluate.measure(rows, [torch.arange(512)[None]], args.new_tokens, args.repeats)
     for row in rows.values():
         for phase in ("prefill", "decode"):
             row[phase]["cost"] = 100 * (1 / row[phase]["speedup"] - 1)

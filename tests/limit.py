@@ -81,7 +81,7 @@ def three_models(stack: ExitStack, granularity: str) -> list[torch.nn.Module]:
     dense, layers = limit_model()
     closed = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers, granularity, threshold=1.0))
     if granularity.startswith("attention"):
-        return [dense, closed, stack.enter_context(removed(dense, dict.fromkeys(layers, torch.zeros(1))))]
+        return [dense, closed, removed(dense, dict.fromkeys(layers, torch.zeros(1)))]
     without = copy.deepcopy(dense)
     mixin = WithoutMLP if granularity.startswith("mlp") else WithoutAnything
     _mix_in({without.model.layers[i]: mixin for i in layers})
@@ -100,7 +100,7 @@ def three_that_differ(stack: ExitStack) -> list[torch.nn.Module]:
     routed = add_mindskip(copied(dense), MindSkipConfig(layers))
     gates = {i: torch.randperm(4) < 2 for i in layers}
     stack.enter_context(fix_gates(routed, gates))
-    return [dense, routed, stack.enter_context(removed(dense, gates))]
+    return [dense, routed, removed(dense, gates)]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 import time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -135,12 +135,12 @@ def training(seeds: list[int]) -> dict:
     return rows
 
 
-@contextmanager
-def deciding(model, gates: dict[int, torch.Tensor]):
-    """Routers of zeros, with scores of 0.5, run and decide as told: by a threshold of 0 or 1, until told again."""
+def deciding(model, gates: dict[int, bool]):
+    """A copy whose routers, of zeros with scores of 0.5, run and decide as told: by a threshold of 0 or 1."""
+    model = evaluate.copied(model)
     for router in mindskip.routers(model):
         router.config = replace(router.config, threshold=float(not gates[router.layer]))
-    yield model
+    return model
 
 
 @torch.no_grad()
@@ -185,13 +185,11 @@ def curve(seeds: list[int]) -> dict:
             print(seed, capacity, told, flush=True)
     dense = evaluate.copied(model)
     routed = mindskip.add_mindskip(model, mindskip.MindSkipConfig(layers))
-    contexts = {"dense": (partial(mindskip.fix_gates, dense), {})}
+    timed = {"dense": [(dense, {})] * len(first)}
     for at, gates in ways.items():  # only ours has routers that run
-        how = deciding if at[0] == "mindskip" else mindskip.fix_gates
-        by_layer = {i: torch.tensor([one[i] for one in gates]) for i in layers}
-        contexts[at] = partial(how, routed), by_layer
-    prompts = evaluate.long_prompts(test, len(first), 512)
-    for at, row in evaluate.measure(contexts, prompts, 1, 1, args.repeats).items():
+        timed[at] = [(deciding(routed, one), {}) if at[0] == "mindskip" else (routed, one) for one in gates]
+    prompts = evaluate.long_prompts(test, len(first), 512).split(1)
+    for at, row in evaluate.measure(timed, prompts, 1, args.repeats).items():
         if at != "dense":
             rows[at[0]][at[1]][at[2]]["time"] = 1 / row["prefill"]["speedup"]
     told = {

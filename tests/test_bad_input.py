@@ -217,7 +217,7 @@ TUNE = {
     "a used folder": (["--name", "used"], used, "choose another --name, --overwrite or --resume it"),
     "a file in place of the folder": (["--name", "x"], text("no folder", "runs"), "Not a directory: 'runs/x'"),
     "nothing to resume": (["--resume", "runs/nothing"], nothing, "runs/nothing"),
-    "progress without its moments": (["--resume", "runs/halfway"], halfway, "or lacks {'exp_avg_sq'}"),
+    "progress without its moments": (["--resume", "runs/halfway"], halfway, "it has no progress to go on with"),
     "progress on other data": (
         ["--resume", "runs/halfway"], lambda folder: halfway(folder, exp_avg_sq=torch.ones(1)), "data or weights changed"),
     "another budget for a run that began": (["--resume", "runs/halfway", "--capacity", "0.25"],

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from contextlib import nullcontext
-from functools import partial
 from unittest import mock
 
 import limit
@@ -239,8 +238,9 @@ def test_random_gates_are_as_many_and_differ(compared):
 def test_measured_bytes_shrink_with_the_kept_rows():
     dense, model, ids = build(), build_routed(), tokens(length=32)
     closed = {i: torch.tensor([gate] * 4) for i, gate in CLOSED.items()}
-    rows = {"dense": (partial(fix_gates, dense), {}), "static": (partial(fix_gates, model), closed)}
-    results = evaluate.measure(rows, ids, 2, 2, 2)
+    halves = [{i: gate[:2] for i, gate in closed.items()}] * 2
+    rows = {"dense": [(dense, {})] * 2, "static": [(model, half) for half in halves]}
+    results = evaluate.measure(rows, ids.split(2), 2, 2)
     bytes_of_dense = 6 * 2 * 4 * 2 * 34 * 16 * 4  # layers, k and v, rows, heads, tokens, head dim, float32
     assert results["dense"]["kv_kib"] == bytes_of_dense / 1024
     assert results["static"]["kv_kib"] == results["dense"]["kv_kib"] / 2  # 3 of 6 layers
@@ -270,17 +270,18 @@ def test_the_limit_and_the_control_follow_the_decisions(size):
     assert cost["mixed"]["kept"] == {i: gate.float().mean() for i, gate in MIXED.items()}
     assert not cost["dense"]["kept"] and not cost["multiply"]["kept"]
     assert torch.equal(dense(ids).logits, expected)
-    with asked["multiply"][0](MIXED) as multiply, fix_gates(model, MIXED):
-        torch.testing.assert_close(multiply(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-    for multiply, group in evaluate.in_groups(*asked["multiply"], ids, size):
+    with fix_gates(model, MIXED):
+        expected, multiplied = model(ids).logits, evaluate.multiplied(dense, MIXED)(ids).logits
+    torch.testing.assert_close(multiplied, expected, atol=1e-5, rtol=1e-5)
+    for (multiply, _), group in zip(asked["multiply"], ids.split(size)):
         torch.testing.assert_close(multiply(group).logits, model(group).logits, atol=1e-4, rtol=1e-4)
     if size == 1:  # where all rows agree, attention is removed from the very layers that are closed
         for way in ("mindskip", "mixed"):
-            routed = [one(group).logits for one, group in evaluate.in_groups(*asked[way], ids, 1)]
-            limit = [
-                one(group).logits for one, group in evaluate.in_groups(*asked[f"{way}, removed"], ids, 1)
-            ]
-            torch.testing.assert_close(limit, routed, atol=1e-4, rtol=1e-4)
+            rows = zip(asked[way], asked[f"{way}, removed"], ids.split(1), strict=True)
+            for (routed, gates), (limit, _), group in rows:
+                with fix_gates(routed, gates):
+                    expected = routed(group).logits
+                torch.testing.assert_close(limit(group).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_no_limit_is_given_where_layers_are_of_another_kind():
