@@ -31,6 +31,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -99,7 +100,7 @@ class Router(nn.Module):
         """Gates (B, U) for x (B, T, D): of new sequences, or of these tokens. Notes them for `last`."""
         logit, shape = None, (len(x), x.shape[1] if self.is_token else 1)  # (B, U)
         if self.fixed is None:
-            logit = self(x, None if self.is_token else call.voters.to(x.device))
+            logit = self(x, None if self.is_token else call.votes(x))
             threshold = self.config.threshold if self.drawn is None else self.drawn[:, : shape[1]]
             gate = straight_through(logit.sigmoid(), threshold)
         else:
@@ -109,8 +110,8 @@ class Router(nn.Module):
                 raise ValueError(f"fix_gates: {(*gate.shape,)} gates for {shape}")
             gate = gate.expand(shape)
         noted = gate
-        if self.is_token and call.padding is not None:  # it is skipped
-            padding = call.padding.to(x.device)
+        if self.is_token and call.given.get("attention_mask") is not None:  # padding is skipped
+            padding = ~call.real(x)
             gate, noted = gate.masked_fill(padding, 0), gate.masked_fill(padding, torch.nan)
             logit = None if logit is None else logit.masked_fill(padding, torch.nan)
         vars(self).update(logit=logit, gate=noted)  # nn.Module's own assignment takes time that shows
@@ -251,7 +252,7 @@ class _Gated(_Mixin):
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
         is_mlp_of_row = not self.skips_keys and not router.is_token  # other MLPs need no memory
-        cache = call.cache if is_mlp_of_row else kv_cache(kwargs)
+        cache = kv_cache(call.given if is_mlp_of_row else kwargs)
         memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
@@ -260,6 +261,8 @@ class _Gated(_Mixin):
             memory.nothing = hidden.new_zeros(1, 1, hidden.shape[2])  # one broadcast zero: the layer adds it
         elif router.fixed is not None and router.fixed is not memory.fixed:
             raise ValueError("fix_gates came after the prefill: a KV cache keeps its decisions")
+        elif call.voters is not None and call.voters.shape != hidden.shape[:2]:
+            raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:  # no router runs, and no device is waited for
             vars(router).update(gate=memory.gate, logit=None)
         if memory.count == 0:
@@ -368,82 +371,85 @@ def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Ten
 
 # ---- Who votes. A Call is one forward pass. It isn't kept on the model, which two threads may use at once.
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thread has its own
-_PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)  # in `generate`: tokens of the prompt
 
 
-@dataclass
-class Call:
-    """What the routers of one forward pass need to know of it."""
+class Call(NamedTuple):
+    """What tells who votes in one forward pass."""
 
-    voters: Tensor | None  # (B, T) bool; None where a KV cache goes on, or each token decides for itself
-    padding: Tensor | None  # (B, T) bool
-    cache: Cache | None = None  # for MLPs, which the model doesn't tell of it
+    voters: Tensor | None  # (B, T) bool, if the user or the labels tell
+    prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
+    given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
 
+    def real(self, x: Tensor) -> Tensor:
+        """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
+        padding = self.given.get("attention_mask")
+        if isinstance(padding, Tensor) and padding.ndim == 2:
+            return padding[:, -x.shape[1] :].bool().to(x.device)
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
-def _run_with(variable: ContextVar, value, function, *args, **kwargs):
-    context = copy_context()
-    context.run(variable.set, value)
-    return context.run(function, *args, **kwargs)
+    def votes(self, x: Tensor) -> Tensor:
+        """(B, T) bool, for x (B, T, D). ValueError if nothing tells who votes, or a row has no voter."""
+        if "votes" in self.given:  # another layer asked
+            return self.given["votes"].to(x.device)
+        padding, places, mask = self.given.get("attention_mask"), self.given.get("position_ids"), self.real(x)
+        if self.voters is not None:
+            if self.voters.shape != x.shape[:2] or self.voters.dtype != torch.bool:
+                told = f"{self.voters.dtype} {(*self.voters.shape,)}"
+                raise ValueError(f"voters must be bool {(*x.shape[:2],)}, got {told}")
+            mask = mask & self.voters.to(x.device)
+        elif padding is not None and getattr(padding, "ndim", None) != 2:
+            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
+        elif padding is None and places is not None and (places.diff() < 0).any():
+            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
+        if self.prompt is not None:
+            if x.shape[1] < self.prompt:
+                raise ValueError(f"a decision needs the whole prompt: {self.prompt} tokens, not {x.shape[1]}")
+            mask = mask & (torch.arange(x.shape[1], device=x.device) < self.prompt)
+        if rows := (~mask.any(1)).nonzero()[:, 0].tolist():
+            raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
+        self.given["votes"] = mask
+        return mask
+
+    def run(self, function, *args, **kwargs):
+        """function(*args, **kwargs), during which this is the current call."""
+        context = copy_context()
+        context.run(_CALL.set, self)
+        return context.run(function, *args, **kwargs)
 
 
 class _RoutedModel(_Mixin):
-    """Mixed into the model, and into its decoder, which may be called by itself."""
+    """Mixed into the model, which is given labels, and its decoder, which joins the model's call."""
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
-        if _CALL.get() is not None:  # the decoder, in a call of the model
-            return super().__call__(*args, **kwargs)
-        kwargs |= zip(_parameters(type(self).forward), args)
-        return _run_with(_CALL, self.begin(voters, kwargs), super().__call__, **kwargs)
+        kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
+        for name in _GATED[self.granularity.split("-")[0]].outputs:
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name}: what a gate skips gives none")
+        if self.training and (cache := kv_cache(kwargs)) and cache.get_seq_length() > 0:
+            raise ValueError("training mode cannot continue a KV cache: call model.eval()")
+        if voters is None and (labels := kwargs.get("labels")) is not None:
+            # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
+            voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
+            if (labels[:, 0] != -100).any() and not routers(self)[0].is_token:
+                warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=2)
+        elif voters is None and outer is not None:
+            voters = outer.voters
+        ids, is_told = kwargs.get("input_ids"), voters is not None or outer is not None
+        has_padding = getattr(self.config, "pad_token_id", None) is not None
+        if has_padding and ids is not None and ids.shape[1] > 1 and not is_told:  # transformers' own method
+            self.warn_if_padding_and_no_attention_mask(ids, kwargs.get("attention_mask"))
+        # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
+        prompt = outer.prompt if outer and (outer.given or kwargs.get("inputs_embeds") is None) else None
+        given = dict(kwargs)
+        if outer and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made by a multimodal wrapper
+            given["attention_mask"] = outer.given.get("attention_mask")
+        return Call(voters, prompt, given).run(super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
-        return _run_with(_PROMPT, prompt, super().generate, inputs, *args, **kwargs)
-
-    def begin(self, voters: Tensor | None, given: dict) -> Call:
-        """Who votes, by the model's arguments. ValueError if they don't tell, or ask for what a gate skips."""
-        ids, mask, labels, places = map(given.get, ("input_ids", "attention_mask", "labels", "position_ids"))
-        inputs, cache = given.get("inputs_embeds") if ids is None else ids, kv_cache(given)
-        if inputs is None:  # which the model itself refuses
-            return Call(None, None)
-        shape = inputs.shape[:2]  # (B, T)
-        padding = ~mask[:, -shape[1] :].bool() if getattr(mask, "ndim", 0) == 2 else None
-        for name in _GATED[self.granularity.split("-")[0]].outputs:
-            if given.get(name, getattr(self.config, name, False)):
-                raise ValueError(f"{name}: what a gate skips gives none")
-        if cache is not None and cache.get_seq_length() > 0:
-            if self.training or voters is not None:
-                raise ValueError("a KV cache has its decisions already: no voters now, and no training mode")
-            return Call(None, padding)
-        if self.granularity.endswith("token"):  # each token decides for itself
-            return Call(None, padding)
-        if voters is not None:
-            if voters.shape != shape or voters.dtype != torch.bool:
-                raise ValueError(f"voters must be bool {(*shape,)}, got {voters.dtype} {(*voters.shape,)}")
-        elif labels is not None:
-            # Tokens before the first one that is scored; a label at position 0 never is: nothing predicts it.
-            voters = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).cumsum(1) == 0
-            if (labels[:, 0] != -100).any():
-                warnings.warn("labels leave no prompt: token 0 alone decides; pass voters", stacklevel=3)
-        elif mask is not None and padding is None:
-            raise ValueError("a 4-D attention mask doesn't tell what is padding: pass voters, (B, T) bool")
-        elif mask is None and places is not None and (places.diff() < 0).any():
-            raise ValueError("positions start again: packed sequences would share a gate; pass voters")
-        else:
-            voters = torch.ones(shape, dtype=torch.bool, device=inputs.device)
-            if ids is not None and getattr(self.config, "pad_token_id", None) is not None:
-                self.warn_if_padding_and_no_attention_mask(ids, mask)  # transformers' own method
-        if padding is not None:
-            voters = voters & ~padding
-        # Embeddings may be more than the tokens that `generate` was given (PEFT's virtual tokens).
-        if ids is not None and (prompt := _PROMPT.get()) is not None:
-            if shape[1] < prompt:
-                raise ValueError(f"a decision needs the whole prompt: {prompt} tokens, not {shape[1]}")
-            voters = voters & (torch.arange(shape[1], device=voters.device) < prompt)
-        if rows := (~voters.any(1)).nonzero()[:, 0].tolist():
-            raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
-        return Call(voters, padding)
+        return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
 
 
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
@@ -476,12 +482,11 @@ class _RoutedLayer(_Mixin):
         call = current_call(self)
         if self.training:
             return super().__call__(*args, call=call, **kwargs)
-        call.cache = kv_cache(kwargs)
+        call.given["cache"] = kv_cache(kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, call: Call | None = None, **kwargs):
-        run = super().forward
-        return _run_with(_CALL, call, run, *args, **kwargs) if call else run(*args, **kwargs)
+        return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
 
 
 # ---- Where a decision lives: with the KV cache.
@@ -531,7 +536,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
         is_of_gate = len(keys) == self.count and (self.places is None or self.places.shape[1] == columns)
         if not is_of_gate and not self.has_all_keys:
-            raise ValueError(f"a routed model made this KV cache: {self.count} of {len(keys)} rows")
+            raise ValueError("a routed model made this KV cache: only that model can go on with it")
         if self.places is None:
             return super().update(keys, values, *args, **kwargs)
         # Not a sliding window's own update: it would forget columns, some of which may be void.

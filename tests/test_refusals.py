@@ -310,3 +310,47 @@ def test_embeddings_vote_all_of_them(monkeypatch):
         generate(model, None, inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)), expected
     )
     assert all(one.all() and one.shape == (4, 9) for one in seen)
+
+
+@torch.no_grad()
+def test_a_routed_call_inside_another_keeps_its_own_voters():
+    outer, inner, found = build_routed(), build_routed(), []
+    ids, mask = tokens(seed=1), torch.ones(4, 20, dtype=torch.long)
+    mask[:, :9] = 0
+    expected = inner(ids, attention_mask=mask).logits
+    outer.model.layers[0].register_forward_hook(lambda *_: found.append(inner(ids, attention_mask=mask).logits))
+    outer(tokens())
+    assert torch.equal(found[0], expected)
+    assert not torch.equal(inner(ids, voters=mask == 0).logits, expected)  # who votes shows
+
+
+@torch.no_grad()
+def test_fixed_gates_need_no_voters():
+    model, ids = build_routed(), tokens()
+    four = torch.ones(20, 20, dtype=torch.bool).tril()[None, None].expand(4, 1, 20, 20)
+    mask = torch.ones_like(ids)
+    mask[2] = 0  # a row of padding alone
+    packed = torch.arange(20).remainder(10)[None].expand(4, -1)
+    for given in ({"attention_mask": four}, {"attention_mask": mask}, {"position_ids": packed}):
+        with pytest.raises(ValueError, match="voters"):
+            model(ids, **given)
+        with fix_gates(model, dict.fromkeys(ROUTED, False)):
+            model(ids, **given)
+
+
+@torch.no_grad()
+def test_gates_of_an_mlp_s_tokens_go_with_any_cache():
+    """They need no memory. Gates of sequences need a new, growing cache."""
+    ids, models = tokens(), {}
+    for granularity in ("mlp-token", "mlp-sequence"):
+        models[granularity] = add_mindskip(build(), MindSkipConfig(ROUTED, granularity))
+        torch.manual_seed(1)
+        for router in routers(models[granularity]):
+            router.weight.data.copy_(4.0 * torch.randn(WIDTH))
+    caches = [{"past_key_values": transformers.StaticCache(config=build().config, max_cache_len=32)} for _ in "ab"]
+    model = models["mlp-token"]
+    found = torch.cat([model(part, **caches[0]).logits for part in ids.split([15, 5], 1)], 1)
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=1e-3)  # another order of sums
+    assert 0 < keep_ratio(model) < 1
+    with pytest.raises(ValueError, match="not static"):
+        models["mlp-sequence"](ids, **caches[1])
