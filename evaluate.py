@@ -1,6 +1,6 @@
 """Measure what skipping attention costs in accuracy, and what it saves in FLOPs, time and memory.
 
-    python evaluate.py                    # the routers in runs/demo on the demo's test split; two minutes
+    python evaluate.py                    # the routers in runs/demo on the demo's test split; some two minutes
     python evaluate.py --plot             # and a figure (pip install -e '.[plot]')
     python evaluate.py --capacity 0.25,0.5,0.75     # the same routers at other budgets; no tuning
     python evaluate.py --explain "max kqzme="       # each layer's score and gate for a prompt; -: from stdin

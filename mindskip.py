@@ -267,10 +267,11 @@ class _Gated(_Mixin):
             vars(router).update(gate=memory.gate, logit=None)
         if memory.count == 0:
             return memory.nothing if self.own_norm else self.nothing(hidden)
-        x = self.normalise(hidden) if x is None else x
+        kept = hidden if x is None else x
         if memory.count < batch:
-            x = x[memory.rows]  # (R, T, D)
+            kept = kept.index_select(0, memory.rows)  # (R, T, D)
             kwargs = {name: take_rows(value, memory.rows, batch) for name, value in kwargs.items()}
+        x = self.normalise(kept) if x is None else kept
         output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
         if memory.count == batch:
             return output
@@ -333,7 +334,7 @@ class _DeferredNorm(_Mixin):
 def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        return value[rows]
+        return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
     return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
 
 
