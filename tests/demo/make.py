@@ -12,7 +12,7 @@ Tasks.  Each has one exact answer, so accuracy is exact match. They differ in ho
     they need, one after the other:
 
         max      max kqzme=                      z        one
-        count    count aabca|a                   3        one
+        count    count abaccb|c                  2        one
         after    after kqzme|z                   m        two: mark each letter with the one before, look up
         find     find ea,ce,bf,ab,dc,fd|b        f        two, likewise: the value of a key in a table
         reverse  reverse kqzme=                  emzqk    two: how far the answer has come, fetch the letter
