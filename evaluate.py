@@ -1,6 +1,6 @@
 """Measure what skipping attention costs in accuracy, and what it saves in FLOPs, time and memory.
 
-    python evaluate.py                    # the routers in runs/demo on the demo's test split; some two minutes
+    python evaluate.py                    # the routers in runs/demo on the demo's test split; two minutes
     python evaluate.py --plot             # and a figure (pip install -e '.[plot]')
     python evaluate.py --capacity 0.25,0.5,0.75     # the same routers at other budgets; no tuning
     python evaluate.py --explain "max kqzme="       # each layer's score and gate for a prompt; -: from stdin
@@ -8,14 +8,14 @@
     python evaluate.py --tasks boolq,piqa --routers runs/llama --model meta-llama/Meta-Llama-3-8B \\
         --dataset tatsu-lab/alpaca        # standard benchmarks (pip install -e '.[tasks]')
 
-A row of a table is a way to set gates. Static and random rows ask whether *dynamic* routing is worth anything:
+A row is a way to set gates. Static and random rows ask whether it is worth anything to route *dynamically*:
 
     dense       every gate open; in the table of costs, the model without routers
     mindskip    the tuned routers decide
-    static      as many layers closed as mindskip skips, for all prompts alike. similarity: those whose sublayer
-                changes its input least (LLM-Drop, arXiv 2406.15786); router: those that this router closes most
-                often on training data; best: the best subset, chosen on the test split, in its favour. In the
-                table of costs: the first ones
+    static      as many layers closed as mindskip skips, for all prompts alike. similarity: those whose
+                sublayer changes its input least (LLM-Drop, arXiv 2406.15786); router: those that this router
+                closes most often on training data; best: the best subset, chosen on the test split, in its
+                favour. In the table of costs: the first ones
     random      each gate (a sequence's, or a token's) open with the probability mindskip's keep ratio
     removed     the limit of a row's time: attention and its norm cut out, by the same decisions
     multiply    the control for time: attention computed, then multiplied by mindskip's gates (--what-if: by
@@ -63,12 +63,15 @@ SUBSETS = 256  # more static subsets are not searched: each is scored on the who
 FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5}
 # fmt: off
 QUALITY = {"average": "{average:.2f}", "+-": "{standard_error:.2f}",
-           "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}", "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
+           "to dense": "{to_dense:+.2f} +-{paired_standard_error:.2f}",
+           "loss": "{loss:.4f}", "keep": "{keep:.3f}"}
 COST = {"keep": "{keep:.2f}", "GFLOP prefill": "{prefill_gflop:.3f}", "MFLOP decode": "{decode_mflop:.3f}",
-        "prefill ms": "{prefill[median]:.2f}", "x": "{prefill[speedup]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
-        "of limit": "{prefill[of_limit]:.2f}",
-        "decode ms": "{decode[median]:.2f}", "x ": "{decode[speedup]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
-        "of limit ": "{decode[of_limit]:.2f}", "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
+        "prefill ms": "{prefill[median]:.2f}",
+        "x": "{prefill[speedup]:.2f} [{prefill[q1]:.2f} {prefill[q3]:.2f}]",
+        "of limit": "{prefill[of_limit]:.2f}", "decode ms": "{decode[median]:.2f}",
+        "x ": "{decode[speedup]:.2f} [{decode[q1]:.2f} {decode[q3]:.2f}]",
+        "of limit ": "{decode[of_limit]:.2f}",
+        "KV KiB": "{kv_kib:,.0f}", "peak MiB": "{peak_mib:.1f}"}
 # fmt: on
 
 
@@ -265,8 +268,8 @@ def decode(model, cache: Cache, token: torch.Tensor, steps: int) -> torch.Tensor
 def measure(rows: dict, groups: list[torch.Tensor], new_tokens: int, repeats: int) -> dict[str, dict]:
     """Weigh and time rows, {name: [(model, gates) for each group]}, on groups of prompts, (b, T) each.
 
-    Times are sums over groups. Rows take turns, in an order that rotates: each repeat gives a ratio to dense, the
-    first row, on the same machine's state.
+    Times are sums over groups. Rows take turns, in an order that rotates: each repeat gives a ratio to dense,
+    the first row, on the same machine's state.
     """
     names, times = list(rows), {(name, phase): [] for name in rows for phase in ("prefill", "decode")}
     results = {name: {"kv_kib": 0.0, "peak_mib": 0.0} for name in rows}
@@ -337,7 +340,7 @@ def multiplied(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
 
 
 def removed(model, gates: dict[int, torch.Tensor]) -> torch.nn.Module:
-    """A copy of a model of Llama's kind: attention and its norm see as many rows as `gates` (B,) keep, the first.
+    """A copy of a model of Llama's kind: attention and its norm see only as many rows as `gates` (B,) keep.
 
     The limit: no gate, no index, no zeros. Weights are read, and keys kept, for those rows.
     """

@@ -278,7 +278,7 @@ class _Gated(_Mixin):
         return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
 
     def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
-        """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer have void columns before theirs."""
+        """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer begin with void columns."""
         tokens, mask = x.shape[1], kwargs.get("attention_mask")
         is_kept = memory.gate[memory.rows] > 0  # (R, T)
         index = torch.arange(tokens, device=x.device).expand(is_kept.shape)
@@ -355,7 +355,7 @@ def take_tokens(value, index: Tensor, tokens: int):
 
 
 def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """The attention mask (R, 1, Q, K) of kept tokens: a token sees itself, and those before it that are there.
+    """The attention mask (R, 1, Q, K) of kept tokens: each sees itself, and those before it that are there.
 
     mask: (R or 1, 1, T, S), of all tokens; None: causality. queries (R, Q), keys (R, K): places in a sequence
     of `total` tokens, -1 for a void column. is_there: (R, K) bool.
@@ -512,7 +512,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         self.count = len(self.rows)
 
     def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
-        """The attention mask of tokens `index` (R, K), whose keys are kept from now on: (R, 1, K, columns)."""
+        """The attention mask (R, 1, K, columns) of tokens `index` (R, K), whose keys are kept from now on."""
         # Tokens so far, with those of this call; and how many of the last ones a sliding window lets through.
         total = tokens if self.first is None else self.first.get_seq_length()
         visible = min(total, getattr(self, "sliding_window", total) - 1 + tokens)

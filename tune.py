@@ -16,8 +16,8 @@ Differs from the paper:
     one budget   The mean is over all routed layers and the batch (at micro-batch 1, a layer's is 0 or 1).
                  The hinge takes that of the step before, so that a step can be computed in parts.
     calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
-    lambda, lr   0.3 (there up to 0.1) and 0.1 (1e-5), at width 128. A logit is a sum over D, so that lr should
-                 fall as D grows (this was not measured).
+    lambda, lr   0.3 (there up to 0.1) and 0.1 (1e-5), at width 128. A logit is a sum over D, so that lr
+                 should fall as D grows (this was not measured).
 """
 
 import argparse
