@@ -30,7 +30,8 @@ A column is a heading and a format of a row's results. FLOPs are counted, millis
     ms          median, for all prompts: of prefill; of one decode step
     x           median over repeats of dense time / row time in the same repeat [quartiles]
     of limit    (dense time - row time) / (dense time - removed time), of medians
-    KV, peak    keys and values of all prompts after decoding; most bytes of tensors that a prefill makes
+    KV, peak    keys and values of all prompts after decoding; most memory that a prefill allocates beyond
+                the weights
 """
 
 import copy
@@ -49,7 +50,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 
@@ -275,16 +278,15 @@ def measure(rows: dict, groups: list[torch.Tensor], new_tokens: int, repeats: in
     results = {name: {"kv_kib": 0.0, "peak_mib": 0.0} for name in rows}
     for name, row in rows.items():  # the warm-up, too
         for (model, gates), group in zip(row, groups):
-            tracker, is_tracked = MemTracker(), all(one.is_floating_point() for one in model.parameters())
-            if is_tracked:  # neither quantized nor frozen weights can be
-                tracker.track_external(model.requires_grad_(True), group)
+            before = 0  # bytes
+            if group.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             with fix_gates(model, gates):
-                with tracker if is_tracked else nullcontext():
+                with nullcontext() if group.is_cuda else Watch() as watch:
                     cache, token = prefill(model, group)
-                model.requires_grad_(False)
+                peak = torch.cuda.max_memory_allocated() - before if group.is_cuda else watch.peak_bytes
                 decode(model, cache, token, new_tokens)
-            snapshot = tracker.get_tracker_snapshot("peak").values()
-            peak = sum(held[_MemRefType.ACT] for held in snapshot) if is_tracked else math.nan
             results[name]["peak_mib"] = max(results[name]["peak_mib"], peak / 2**20)
             held = [one for one in cache.layers if getattr(one, "is_initialized", False)]
             results[name]["kv_kib"] += sum(one.keys.nbytes + one.values.nbytes for one in held) / 2**10
@@ -310,6 +312,27 @@ def measure(rows: dict, groups: list[torch.Tensor], new_tokens: int, repeats: in
         found = {"median": median, "speedup": speedup, "q1": q1, "q3": q3, "all": mine}
         results[name][phase] = found | {"of_limit": (base - median) / (base - least) if is_told else math.nan}
     return results
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, and the bytes alive in tensors that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.peak_bytes, self.made = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given, made = (  # storages by their addresses; some outputs are views of inputs
+            {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)}
+            for tree in ((args, kwargs), output)
+        )
+        self.made = {at: one for at, one in self.made.items() if not one[0].expired()}
+        for at in made.keys() - given.keys() - self.made.keys():
+            self.made[at] = StorageWeakRef(made[at]), made[at].nbytes()
+        self.operations += 1
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
+        return output
 
 
 def long_prompts(examples: list[dict], count: int, length: int) -> torch.Tensor:

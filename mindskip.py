@@ -15,7 +15,8 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
                 U gates in a row: 1, or T where each token has its own
 
 In evaluation mode a closed gate calls nothing and caches nothing. In training mode everything is computed and
-multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode.
+multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode. (The
+default estimator of tune.py runs in evaluation mode: it needs a gradient of the logits alone.)
 `add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
 x_t . w) on attention or blocks, a skipped token has no query, key or value in that layer, as in Mixture of
@@ -217,26 +218,26 @@ class _Gated(_Mixin):
     child, use = "mlp", _OUTPUT + r" = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
-    gives_weights = False  # its result is a pair; the second value, attention weights, is left out
+    gives_weights = False  # its result is a pair with attention weights: in evaluation, None
     outputs = ("output_router_logits",)  # what a model collects from such modules; skipped ones give none
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
         hidden, *others = args or [kwargs.pop("hidden_states")]
         kwargs |= zip(_parameters(type(self).forward)[1:], others)
-        call = current_call(self)
+        call, weights = current_call(self), None
         if self.router.training:
-            output = self.call_and_multiply(hidden, kwargs, call)
+            output, weights = self.call_and_multiply(hidden, kwargs, call)
         else:
             output = self.call_on_kept(hidden, kwargs, call)
-        return (output, None) if self.gives_weights else output
+        return (output, weights) if self.gives_weights else output
 
-    def compute(self, x: Tensor, kwargs: dict) -> Tensor:
-        """The module itself."""
+    def compute(self, x: Tensor, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        """The module itself: its output, and attention weights if it gives them."""
         output = super().__call__(x, **kwargs)
-        return output[0] if self.gives_weights else output
+        return output if self.gives_weights else (output, None)
 
-    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
+    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> tuple[Tensor, Tensor | None]:
         """Everything is computed, so that closed gates get a gradient."""
         x, tokens = self.normalise(hidden), hidden.shape[1]
         gate = self.router.decide(self.router_input(x), call)  # (B, U)
@@ -244,15 +245,16 @@ class _Gated(_Mixin):
             places = torch.arange(tokens, device=x.device).expand(gate.shape)
             mask = token_mask(kwargs.get("attention_mask"), places, places, gate > 0, tokens)
             kwargs["attention_mask"] = mask
-        output = self.compute(x, kwargs)
+        output, weights = self.compute(x, kwargs)
         gate = gate[..., None].to(output.dtype)  # (B, U, 1)
-        return output * gate + self.nothing(hidden) * (1 - gate)
+        return output * gate + self.nothing(hidden) * (1 - gate), weights
 
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        is_mlp_of_row = not self.skips_keys and not router.is_token  # other MLPs need no memory
-        cache = kv_cache(call.given if is_mlp_of_row else kwargs)
+        # An MLP isn't given the KV cache. It only needs one to keep the decision of a sequence.
+        is_mlp_of_sequence = not self.skips_keys and not router.is_token
+        cache = kv_cache(call.given if is_mlp_of_sequence else kwargs)
         memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
@@ -272,7 +274,7 @@ class _Gated(_Mixin):
             kept = kept.index_select(0, memory.rows)  # (R, T, D)
             kwargs = {name: take_rows(value, memory.rows, batch) for name, value in kwargs.items()}
         x = self.normalise(kept) if x is None else kept
-        output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
+        output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)[0]
         if memory.count == batch:
             return output
         return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
@@ -290,8 +292,8 @@ class _Gated(_Mixin):
         if self.skips_keys:
             kwargs["attention_mask"] = memory.mask(mask, index, is_kept, tokens)
         if are_all:
-            return self.compute(x, kwargs)
-        output = self.compute(take_tokens(x, index, tokens), kwargs)
+            return self.compute(x, kwargs)[0]
+        output, _ = self.compute(take_tokens(x, index, tokens), kwargs)
         whole, (row, column) = self.nothing(x), is_kept.nonzero(as_tuple=True)
         whole[row, index[row, column]] = output[row, column].to(x.dtype)
         return whole
@@ -423,7 +425,7 @@ class _RoutedModel(_Mixin):
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
-        for name in _GATED[self.granularity.split("-")[0]].outputs:
+        for name in () if self.training else _GATED[self.granularity.split("-")[0]].outputs:
             if kwargs.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{name}: what a gate skips gives none")
         if self.training and (cache := kv_cache(kwargs)) and cache.get_seq_length() > 0:

@@ -15,6 +15,7 @@ Differs from the paper:
     third term   It keeps scores away from 0 and 1, where they don't learn. mu falls as (1 - step/steps)^2.
     one budget   The mean is over all routed layers and the batch (at micro-batch 1, a layer's is 0 or 1).
                  The hinge takes that of the step before, so that a step can be computed in parts.
+                 With a gate for each token, the budget begins near 1 and falls (`tune`).
     calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
     lambda, lr   0.3 (there up to 0.1) and 0.1 (1e-5), at width 128. A logit is a sum over D, so that lr
                  should fall as D grows (this was not measured).
@@ -68,8 +69,9 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
 
     rloo: a prompt runs with several draws of its gates. Closed ones skip; no gradient runs through the
     backbone; the budget's term gets d(mean score). Where each token has a gate, an answer needs many of them
-    at once: so the budget falls from FIRST_BUDGET to the capacity in three quarters of the steps, and gates
-    are drawn with s = sigmoid(r + offset), where r = 0 opens the budget's share.
+    at once: opening one while others are closed tells nothing. So draws are twice as many there, and the
+    budget falls from FIRST_BUDGET to the capacity in three quarters of the steps; gates are drawn with s =
+    sigmoid(r + offset), where r = 0 opens the budget's share.
     straight-through: the paper's step. Hard gates; dL/dscore := dL/dgate, through the frozen layers. At a
     closed gate this slope tells what opening it a little would do, which isn't what opening does.
 
@@ -89,13 +91,16 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
     is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
     draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # The prompts of this process, one micro-batch after another.
     parts = torch.arange(rank, args.batch_size, world).split(args.micro_batch_size or args.batch_size)
     order, shuffle = [], random.Random(args.seed)  # every example once before any comes again
     while len(order) < args.steps * args.batch_size:
         order += shuffle.sample(range(len(examples)), len(examples))
-    for module in model.modules():  # no dropout; a router in training mode computes what is closed, too
-        is_mode_read = isinstance(module, mindskip.Router) or getattr(module, "gradient_checkpointing", False)
-        module.training = is_mode_read and not is_drawn
+    model.eval()  # no dropout, and closed gates skip
+    # Straight-through computes closed gates, too. Set one by one: train() would set a module's children.
+    for module in () if is_drawn else model.modules():
+        is_checkpointed = getattr(module, "gradient_checkpointing", False)
+        module.training = is_checkpointed or isinstance(module, mindskip.Router)
     for step in range(done + 1, args.steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)  # each step, so that a resumed run draws the same
         batch = [examples[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
@@ -229,7 +234,7 @@ def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
     with naming(f"--dataset {args.dataset}, {flag} {split}"):
         if path.is_file():
-            kind = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}.get(path.suffix, "json")
+            kind = "parquet" if path.suffix == ".parquet" else "json"
             rows = (
                 datasets.load_dataset(kind, data_files=str(path), split=split) if path.stat().st_size else []
             )
@@ -371,10 +376,10 @@ def describe(model, args) -> str:
 
 # ---- The command
 class Parser(argparse.ArgumentParser):
-    """For both scripts: the same words for model and data. Without a usage, an error is one line."""
+    """For both scripts: the same words for model and data, and errors that `command` shows."""
 
     def __init__(self, description: str, split: str):
-        super().__init__(description=description, allow_abbrev=False, usage=argparse.SUPPRESS)
+        super().__init__(description=description, allow_abbrev=False)
         self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         add = self.add_argument_group("model and data").add_argument
         add("--model", default=str(DEMO), help="local folder or Hub id of a decoder")
@@ -390,6 +395,9 @@ class Parser(argparse.ArgumentParser):
         add("--split", default=split, help="split, or a part of one, as train[:1000]")
         add("--max-samples", type=number(int, 1), help="examples drawn at random; None: all")
         add("--max-length", type=number(int, 2), default=2048, help="tokens of an example; the rest is cut")
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 def number(kind: type, low: float, high: float = 1e9, many: bool = False):
@@ -469,13 +477,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         with naming(f"--resume {args.resume}"):
             described, state = mindskip.read_routers(Path(args.resume, "routers.safetensors"))
-            if not {*MOMENTS, "keep"} <= set(state):  # which unfinished runs save that train routers alone
-                raise ValueError(
-                    "this run is finished, or trained more than routers: it has no progress to go on with"
-                )
+            if "step" not in described["about"]:
+                raise ValueError("this run is finished")
+            if missing := {*MOMENTS, "keep"} - set(state):
+                raise ValueError(f"its progress lacks {missing}")
             then = described["about"]["arguments"]
             parser.set_defaults(**then)
             args = parser.parse_args(argv)
+            if then["train"] == "all" or then["lora_rank"]:
+                raise ValueError("only routers have progress to go on with; start again with --overwrite")
             if changed := {name: then[name] for name in FIXED.split() if then[name] != getattr(args, name)}:
                 raise ValueError(f"that run has {changed}; start another to change this")
     if args.batch_size % (world := int(os.environ.get("WORLD_SIZE", "1"))):
@@ -517,7 +527,8 @@ def main(argv: list[str] | None = None) -> None:
     cached = None  # the configuration of a model from the Hub, in the folder of its commit
     if not Path(args.model).is_dir():
         cached = try_to_load_from_cache(args.model, "config.json", revision=args.revision)
-    about = {"revision": cached and Path(cached).parent.name, "fingerprints": prints, "arguments": vars(args)}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    about = {"revision": cached and Path(cached).parent.name, "fingerprints": prints, "arguments": arguments}
     beside = str(folder / ("adapter" if args.lora_rank else "model"))  # for what is trained, too
     is_beside = args.train == "all" or args.lora_rank is not None
     about["base_model"] = beside if args.train == "all" else args.model
@@ -538,8 +549,8 @@ def main(argv: list[str] | None = None) -> None:
         """A line of log.jsonl, progress for --resume, and now and then a line on the screen."""
         if not is_writer:
             return
-        seconds, progress = time.perf_counter() - started, None if is_beside else state
-        mindskip.save_routers(model, path, progress, step=step, **about)
+        seconds = time.perf_counter() - started
+        mindskip.save_routers(model, path, state, step=step, **about)
         record = {"step": step, "loss": loss, "keep": keep, "lr": lr, "seconds": seconds}
         print(json.dumps(record), file=log)
         if step % max(1, args.steps // 15) == 0 or step == args.steps:

@@ -3,7 +3,7 @@
     python tests/estimate.py      # no weights, no GPU; half a minute
 
 Fake tensors have a shape and no data: each operation of the step is dispatched, and its outputs are counted until
-they are freed (limit.Watch). A GPU adds its context and what its allocator and kernels hold; expect 1 or 2 GiB
+they are freed (evaluate.Watch). A GPU adds its context and what its allocator and kernels hold; expect 1 or 2 GiB
 more. Gates have no value here, so all are open: an upper bound for the drawn step, which skips what is closed.
 """
 
@@ -17,14 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-from limit import Watch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mindskip  # noqa: E402
 import tune  # noqa: E402
-from evaluate import forward_flops, table  # noqa: E402
+from evaluate import Watch, forward_flops, table  # noqa: E402
 
 LLAMA = LlamaConfig(
     hidden_size=4096,

@@ -18,39 +18,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tune  # noqa: E402
-from evaluate import copied, decode, prefill, removed, table  # noqa: E402
+from evaluate import Watch, copied, decode, prefill, removed, table  # noqa: E402
 from mindskip import GRANULARITIES, MindSkipConfig, _mix_in, add_mindskip, fix_gates  # noqa: E402
-
-
-class Watch(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, and the bytes alive in tensors that they made."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.peak_bytes, self.made = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        given, made = (  # storages by their addresses; some outputs are views of inputs
-            {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)}
-            for tree in ((args, kwargs), output)
-        )
-        self.made = {at: one for at, one in self.made.items() if not one[0].expired()}
-        for at in made.keys() - given.keys() - self.made.keys():
-            self.made[at] = StorageWeakRef(made[at]), made[at].nbytes()
-        self.operations += 1
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.made.values()))
-        return output
 
 
 def limit_model() -> tuple[torch.nn.Module, tuple[int, ...]]:

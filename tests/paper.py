@@ -27,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from limit import Watch  # noqa: E402
 from seeds import development_examples, tuned  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -106,7 +105,7 @@ def step_of(flags: list[str], train: list[dict]) -> dict:
     tune.add_trained(model, args)
     tune.tune(model, train, args, report=lambda *_: ends.append(time.perf_counter()))
     args.steps = 1
-    with Watch() as watch:
+    with evaluate.Watch() as watch:
         tune.tune(model, train, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = 1e3 * statistics.median(end - start for start, end in zip(ends, ends[1:]))

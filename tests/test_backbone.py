@@ -96,13 +96,23 @@ def test_adapters_and_routers_are_saved_apart_and_loaded_in_either_order(flags):
         assert "router" in name or torch.equal(parameter, base[name])
 
 
+def test_routers_tuned_on_an_earlier_run_s_model_leave_its_folder_alone(flags):
+    """In a run of the same name. What is saved beside routers is told by what was trained, not by its name."""
+    tune.main([*flags, "--train", "all"])
+    paths = {path: path.stat().st_mtime_ns for path in Path("runs/more/model").iterdir()}
+    tune.main(["--model", "runs/more/model", *flags[2:], "--overwrite"])
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/more/model").iterdir()} == paths
+    assert mindskip.read_routers("runs/more")[0]["about"]["base_model"] == "runs/more/model"
+
+
 def test_what_cannot_be_gone_on_with_is_refused(flags, tmp_path, capfd):
     tune.main([*flags, "--train", "all"])
     assert "this run is finished" in refused(tune.main, ["--resume", "runs/more"], tmp_path, capfd)
     described, tensors = mindskip.read_routers("runs/more")
     model = load_routers(load_model(flags[1]), "runs/more")
-    mindskip.save_routers(model, "runs/more/routers.safetensors", **described["about"], step=1)
-    assert "trained more than routers" in refused(tune.main, ["--resume", "runs/more"], tmp_path, capfd)
+    state = {name: torch.zeros(3, 64) for name in ("exp_avg", "exp_avg_sq")} | {"keep": torch.ones(1)}
+    mindskip.save_routers(model, "runs/more/routers.safetensors", state, **described["about"], step=1)
+    assert "only routers have progress" in refused(tune.main, ["--resume", "runs/more"], tmp_path, capfd)
     told = refused(tune.main, [*flags[:4], "--adapter", "nothing"], tmp_path, capfd)
     assert "--adapter nothing" in told
 

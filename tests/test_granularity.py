@@ -432,6 +432,7 @@ def test_what_a_skipped_block_cannot_give_is_refused():
     model, ids = build_gated("block-token"), tokens()
     with pytest.raises(ValueError, match="output_hidden_states: what a gate skips"):
         model(ids, output_hidden_states=True)
+    assert len(model.train()(ids, output_hidden_states=True, use_cache=False).hidden_states) == 7
     with pytest.raises(ValueError, match="output_router_logits: what a gate skips"):
         build_gated("block-token", "mixtral")(ids, output_router_logits=True)
     offloaded = transformers.DynamicCache(config=model.config)
