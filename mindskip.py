@@ -218,26 +218,23 @@ class _Gated(_Mixin):
     child, use = "mlp", _OUTPUT + r" = self\.mlp\("
     own_norm = ()  # the layer norm that leaves its work to this gate (see _DeferredNorm)
     skips_keys = False  # what is skipped leaves no key and no value in the KV cache
-    gives_weights = False  # its result is a pair with attention weights: in evaluation, None
+    gives_weights = False  # its result is a pair, whose second value, attention weights, is not used
     outputs = ("output_router_logits",)  # what a model collects from such modules; skipped ones give none
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
         hidden, *others = args or [kwargs.pop("hidden_states")]
         kwargs |= zip(_parameters(type(self).forward)[1:], others)
-        call, weights = current_call(self), None
-        if self.router.training:
-            output, weights = self.call_and_multiply(hidden, kwargs, call)
-        else:
-            output = self.call_on_kept(hidden, kwargs, call)
-        return (output, weights) if self.gives_weights else output
+        call_module = self.call_and_multiply if self.router.training else self.call_on_kept
+        output = call_module(hidden, kwargs, current_call(self))
+        return (output, None) if self.gives_weights else output
 
-    def compute(self, x: Tensor, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        """The module itself: its output, and attention weights if it gives them."""
+    def compute(self, x: Tensor, kwargs: dict) -> Tensor:
+        """The module itself. Its hooks run, by which a model collects attention weights."""
         output = super().__call__(x, **kwargs)
-        return output if self.gives_weights else (output, None)
+        return output[0] if self.gives_weights else output
 
-    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> tuple[Tensor, Tensor | None]:
+    def call_and_multiply(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Everything is computed, so that closed gates get a gradient."""
         x, tokens = self.normalise(hidden), hidden.shape[1]
         gate = self.router.decide(self.router_input(x), call)  # (B, U)
@@ -245,9 +242,9 @@ class _Gated(_Mixin):
             places = torch.arange(tokens, device=x.device).expand(gate.shape)
             mask = token_mask(kwargs.get("attention_mask"), places, places, gate > 0, tokens)
             kwargs["attention_mask"] = mask
-        output, weights = self.compute(x, kwargs)
+        output = self.compute(x, kwargs)
         gate = gate[..., None].to(output.dtype)  # (B, U, 1)
-        return output * gate + self.nothing(hidden) * (1 - gate), weights
+        return output * gate + self.nothing(hidden) * (1 - gate)
 
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
@@ -274,7 +271,7 @@ class _Gated(_Mixin):
             kept = kept.index_select(0, memory.rows)  # (R, T, D)
             kwargs = {name: take_rows(value, memory.rows, batch) for name, value in kwargs.items()}
         x = self.normalise(kept) if x is None else kept
-        output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)[0]
+        output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
         if memory.count == batch:
             return output
         return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
@@ -292,8 +289,8 @@ class _Gated(_Mixin):
         if self.skips_keys:
             kwargs["attention_mask"] = memory.mask(mask, index, is_kept, tokens)
         if are_all:
-            return self.compute(x, kwargs)[0]
-        output, _ = self.compute(take_tokens(x, index, tokens), kwargs)
+            return self.compute(x, kwargs)
+        output = self.compute(take_tokens(x, index, tokens), kwargs)
         whole, (row, column) = self.nothing(x), is_kept.nonzero(as_tuple=True)
         whole[row, index[row, column]] = output[row, column].to(x.dtype)
         return whole

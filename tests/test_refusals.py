@@ -162,7 +162,10 @@ def test_attention_weights_are_refused_where_attention_is_skipped():
     model, ids = build_routed(attn_implementation="eager"), tokens()
     with pytest.raises(ValueError, match="output_attentions"):
         model(ids, output_attentions=True)
-    assert len(model.train()(ids, output_attentions=True, use_cache=False).attentions) == LAYERS
+    expected = build(attn_implementation="eager")(ids, output_attentions=True).attentions
+    with fix_gates(model, dict.fromkeys(ROUTED, True)):  # in training everything is computed
+        found = model.train()(ids, output_attentions=True, use_cache=False).attentions
+    assert len(found) == LAYERS and all(map(torch.equal, found, expected))
 
 
 def test_a_padded_batch_without_a_mask_is_told(monkeypatch):
