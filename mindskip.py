@@ -249,10 +249,8 @@ class _Gated(_Mixin):
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        # An MLP isn't given the KV cache. It only needs one to keep the decision of a sequence.
-        is_mlp_of_sequence = not self.skips_keys and not router.is_token
-        cache = kv_cache(call.given if is_mlp_of_sequence else kwargs)
-        memory = _routed_cache_layer(cache, router, hidden.shape[1])
+        needs_cache = self.skips_keys or not router.is_token  # to keep keys, or the decision of a sequence
+        memory = _routed_cache_layer(call.cache(kwargs) if needs_cache else None, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
             gate = router.decide(hidden if x is None else self.router_input(x), call)
@@ -269,12 +267,13 @@ class _Gated(_Mixin):
         kept = hidden if x is None else x
         if memory.count < batch:
             kept = kept.index_select(0, memory.rows)  # (R, T, D)
-            kwargs = {name: take_rows(value, memory.rows, batch) for name, value in kwargs.items()}
+            several = {name: value for name, value in kwargs.items() if isinstance(value, (Tensor, tuple))}
+            kwargs |= {name: take_rows(value, memory.rows, batch) for name, value in several.items()}
         x = self.normalise(kept) if x is None else kept
         output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
         if memory.count == batch:
             return output
-        return self.nothing(hidden).index_copy_(0, memory.rows, output.to(hidden.dtype))  # of autocast, too
+        return self.nothing(hidden, output.dtype).index_copy_(0, memory.rows, output)
 
     def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
         """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer begin with void columns."""
@@ -291,8 +290,8 @@ class _Gated(_Mixin):
         if are_all:
             return self.compute(x, kwargs)
         output = self.compute(take_tokens(x, index, tokens), kwargs)
-        whole, (row, column) = self.nothing(x), is_kept.nonzero(as_tuple=True)
-        whole[row, index[row, column]] = output[row, column].to(x.dtype)
+        whole, (row, column) = self.nothing(x, output.dtype), is_kept.nonzero(as_tuple=True)
+        whole[row, index[row, column]] = output[row, column]
         return whole
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -302,9 +301,9 @@ class _Gated(_Mixin):
         """What the router sees of a module's input."""
         return x
 
-    def nothing(self, hidden: Tensor) -> Tensor:
+    def nothing(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A new tensor: what stands where a gate is closed, before the residual stream is added."""
-        return torch.zeros_like(hidden)
+        return torch.zeros_like(hidden, dtype=dtype)  # that of an output: autocast changes it
 
 
 class _GatedAttention(_Gated):
@@ -319,8 +318,8 @@ class _GatedBlock(_Gated):
     def router_input(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x.float(), x.shape[-1:])  # the residual stream isn't normalised
 
-    def nothing(self, hidden: Tensor) -> Tensor:
-        return hidden.clone()  # a layer's output has the residual stream in it
+    def nothing(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return hidden.to(dtype, copy=True)  # a layer's output has the residual stream in it
 
 
 class _DeferredNorm(_Mixin):
@@ -410,6 +409,12 @@ class Call(NamedTuple):
         self.given["votes"] = mask
         return mask
 
+    def cache(self, kwargs: dict) -> Cache | None:
+        """The KV cache, which decoder layers and attention are given, but no MLP: looked for once in a call."""
+        if self.given.get("kv cache") is None:
+            self.given["kv cache"] = kv_cache(kwargs)
+        return self.given["kv cache"]
+
     def run(self, function, *args, **kwargs):
         """function(*args, **kwargs), during which this is the current call."""
         context = copy_context()
@@ -482,7 +487,7 @@ class _RoutedLayer(_Mixin):
         call = current_call(self)
         if self.training:
             return super().__call__(*args, call=call, **kwargs)
-        call.given["cache"] = kv_cache(kwargs)
+        call.cache(kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, call: Call | None = None, **kwargs):
@@ -507,8 +512,9 @@ class _RoutedCacheLayer(CacheLayerMixin):
 
     def note(self, gate: Tensor, fixed) -> None:
         """Store a decision, and which rows run."""
-        self.gate, self.fixed, self.rows = gate, fixed, (gate > 0).any(1).nonzero()[:, 0]
-        self.count = len(self.rows)
+        rows = [i for i, is_kept in enumerate((gate > 0).any(1).tolist()) if is_kept]
+        self.gate, self.fixed, self.count = gate, fixed, len(rows)
+        self.rows = torch.tensor(rows, dtype=torch.long, device=gate.device)
 
     def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
         """The attention mask (R, 1, K, columns) of tokens `index` (R, K), whose keys are kept from now on."""
@@ -534,7 +540,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
-        is_of_gate = len(keys) == self.count and (self.places is None or self.places.shape[1] == columns)
+        is_of_gate = keys.shape[0] == self.count and (self.places is None or self.places.shape[1] == columns)
         if not is_of_gate and not self.has_all_keys:
             raise ValueError("a routed model made this KV cache: only that model can go on with it")
         if self.places is None:

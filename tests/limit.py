@@ -3,9 +3,9 @@
     python tests/limit.py      # one thread, twenty minutes
 
 On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out, too). A
-share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four rows that disagree,
-with the shape of SmolLM2-135M, and what a step of tune.py takes in forward passes of the dense model over as many
-rows.
+share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four and eight rows that
+disagree, with the shape of SmolLM2-135M, and what a step of tune.py takes in forward passes of the dense model over
+as many rows.
 """
 
 import argparse
@@ -64,17 +64,17 @@ def three_models(stack: ExitStack, granularity: str) -> list[torch.nn.Module]:
     return [dense, closed, without]
 
 
-def three_that_differ(stack: ExitStack) -> list[torch.nn.Module]:
-    """The same for four rows: 15 of 30 layers are routed, and each is closed for two rows, not always the same.
+def three_that_differ(stack: ExitStack, count: int) -> list[torch.nn.Module]:
+    """The same for rows that disagree: each of 15 routed layers, of 30, is closed for half of them, drawn anew.
 
-    Removed: attention and its norm see two rows; their weights are read and their keys kept. This is the bound.
+    Removed: attention and its norm see the other half. Its weights are read, and its keys kept. This is the bound.
     """
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
     dense, layers = LlamaForCausalLM(config).eval().requires_grad_(False), tuple(range(14, 29))
     routed = add_mindskip(copied(dense), MindSkipConfig(layers))
-    gates = {i: torch.randperm(4) < 2 for i in layers}
+    gates = {i: torch.randperm(count) < count // 2 for i in layers}
     stack.enter_context(fix_gates(routed, gates))
     return [dense, routed, removed(dense, gates)]
 
@@ -105,17 +105,20 @@ def time_shares(
 ) -> dict[str, dict]:
     """CPU time of one thread: shares of the ideal gain, for `rows` prompts at a time. build: makes three models.
 
-    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all.
+    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all. Each
+    begins as often as the others: the first one finds other things in the processor's caches.
     """
     times, prompt = {"prefill": [], "decode": []}, torch.arange(rows * length).view(rows, length)
     with ExitStack() as stack:
         models = build(stack)
         for repeat in tqdm(range(-1, repeats), "limit", leave=False, disable=None):
-            prefills, states = zip(*(cpu_time(prefill, one, prompt) for one in models))
-            steps = [
-                [cpu_time(decode, one, *state, 1)[0] for one, state in zip(models, states)]
-                for _ in range(new_tokens)
-            ]
+            prefills, states, steps = [0.0] * 3, [None] * 3, []
+            for k in (turn % 3 for turn in range(repeat, repeat + 3)):
+                prefills[k], states[k] = cpu_time(prefill, models[k], prompt)
+            for token in range(new_tokens):
+                steps.append([0.0] * 3)
+                for k in (turn % 3 for turn in range(token, token + 3)):
+                    steps[-1][k], _ = cpu_time(decode, models[k], *states[k], 1)
             if repeat >= 0:
                 times["prefill"].append(prefills)
                 times["decode"].append([statistics.median(column) for column in zip(*steps)])
@@ -175,9 +178,10 @@ def main() -> None:
     rows, spread = {}, "[{q1:.3f} {q3:.3f}]"
     print("Llama 512 x 8 layers, layers 3-6 routed and closed; CPU time of one thread, interleaved")
     shares = {granularity: partial(three_models, granularity=granularity) for granularity in GRANULARITIES}
-    shares["4 rows that differ"] = three_that_differ
+    counts = {f"{count} rows that differ": count for count in (4, 8)}
+    shares |= {name: partial(three_that_differ, count=count) for name, count in counts.items()}
     for name, build in shares.items():
-        results = time_shares(build, repeats, rows=4 if build is three_that_differ else 1)
+        results = time_shares(build, repeats, rows=counts.get(name, 1))
         rows[name] = {phase: f"{one['share']:.3f} {spread.format(**one)}" for phase, one in results.items()}
         rows[name]["operations"] = operations_share(name) if name in GRANULARITIES else float("nan")
     columns = {"prefill": "{prefill}", "decode": "{decode}", "decode, operations": "{operations:.3f}"}

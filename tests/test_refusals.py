@@ -320,7 +320,9 @@ def test_a_routed_call_inside_another_keeps_its_own_voters():
     ids, mask = tokens(seed=1), torch.ones(4, 20, dtype=torch.long)
     mask[:, :9] = 0
     expected = inner(ids, attention_mask=mask).logits
-    outer.model.layers[0].register_forward_hook(lambda *_: found.append(inner(ids, attention_mask=mask).logits))
+    outer.model.layers[0].register_forward_hook(
+        lambda *_: found.append(inner(ids, attention_mask=mask).logits)
+    )
     outer(tokens())
     assert torch.equal(found[0], expected)
     assert not torch.equal(inner(ids, voters=mask == 0).logits, expected)  # who votes shows
@@ -349,7 +351,9 @@ def test_gates_of_an_mlp_s_tokens_go_with_any_cache():
         torch.manual_seed(1)
         for router in routers(models[granularity]):
             router.weight.data.copy_(4.0 * torch.randn(WIDTH))
-    caches = [{"past_key_values": transformers.StaticCache(config=build().config, max_cache_len=32)} for _ in "ab"]
+    caches = [
+        {"past_key_values": transformers.StaticCache(config=build().config, max_cache_len=32)} for _ in "ab"
+    ]
     model = models["mlp-token"]
     found = torch.cat([model(part, **caches[0]).logits for part in ids.split([15, 5], 1)], 1)
     torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=1e-3)  # another order of sums
