@@ -1,6 +1,6 @@
 """Router-Tuning: train only the routers of a frozen model, on a small dataset, to a budget of open gates.
 
-    python tune.py                                    # the demo: 2 CPU cores, 1 to 2 minutes, under 1 GB
+    python tune.py                                    # the demo: 2 CPU cores, 1 to 3 minutes, under 1 GB
     python tune.py --capacity 0.25 --name quarter     # a tighter budget
     python tune.py --granularity block-token --train all --name mod    # Mixture of Depths: the backbone, too
     python tune.py --resume runs/quarter              # go on after a kill, with the arguments of that run
