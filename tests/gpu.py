@@ -34,10 +34,16 @@ def configuration(name: str) -> str:
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[name]
     folder = Path("runs/gpu", name)
     LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=65536, rope_theta=500000.0,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=65536,
+        rope_theta=500000.0,
         architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tune.DEMO).save_pretrained(folder)
     return str(folder)
 
@@ -53,8 +59,8 @@ def checkpoint(name: str, dtype: torch.dtype) -> str:
 
 def what_if(shape: str, lengths: str, batches: str, *flags: str) -> dict:
     output = Path("runs/gpu", f"what-if {' '.join(flags)} {lengths} {batches}".replace("/", "_"))
-    evaluate.main(["--what-if", "--model", configuration(shape), "--prompt-length", lengths, "--batch-size", batches,
-                   "--output", str(output), *flags])  # fmt: skip
+    sizes = ["--prompt-length", lengths, "--batch-size", batches]
+    evaluate.main(["--what-if", "--model", configuration(shape), "--output", str(output), *sizes, *flags])
     return json.loads((output / "what-if.json").read_text())["cost"]
 
 

@@ -147,16 +147,7 @@ def time_step(estimator: str, repeats: int, rows: int = 4, length: int = 256) ->
     draws = tune.DRAWS if estimator == "rloo" else 1
     ids = torch.arange(rows // draws * length).reshape(-1, length).tolist()
     examples = [{"task": "all", "ids": row, "prompt": length // 2} for row in ids]
-    flags = [
-        "--estimator",
-        estimator,
-        "--lr",
-        "0",
-        "--batch-size",
-        str(len(ids)),
-        "--steps",
-        str(repeats + 1),
-    ]
+    flags = f"--estimator {estimator} --lr 0 --batch-size {len(ids)} --steps {repeats + 1}".split()
     model, ratios, clock = add_mindskip(copy.deepcopy(dense), MindSkipConfig(layers)), [], []
 
     def between_steps(*_) -> None:

@@ -193,8 +193,10 @@ def curve(seeds: list[int]) -> dict:
             rows[at[0]][at[1]][at[2]]["time"] = 1 / row["prefill"]["speedup"]
     told = {
         f"{name}, {capacity}": {key: [at[key] for at in found] for key in found[0]}
-        for name, by_capacity in rows.items() if name != "dense" for capacity, found in by_capacity.items()
-    }  # fmt: skip
+        for name, by_capacity in rows.items()
+        if name != "dense"
+        for capacity, found in by_capacity.items()
+    }
     for row in told.values():
         row["mean"], row["spread"] = statistics.mean(row["accuracy"]), statistics.pstdev(row["accuracy"])
         row["share"], row["at"] = statistics.mean(row["flops"]), statistics.mean(row["keep"])

@@ -58,8 +58,9 @@ def test_training_all_saves_a_model_and_routers_that_go_together(flags):
     assert len(changed) == len(list(before.parameters()))
     steps = [(p - before.get_parameter(name)).abs().max() for name, p in after.named_parameters()]
     assert 0.005 < max(steps) < 3 * 0.01 * 1.01  # AdamW: at most its learning rate, at each of three steps
-    evaluate.main(["--routers", "runs/more", "--model", "runs/more/model", "--dataset", flags[3], "--split", "train",
-                   "--prompt-length", "8", "--batch-size", "1", "--repeats", "2", "--new-tokens", "1"])  # fmt: skip
+    asked = "--routers runs/more --model runs/more/model --split train".split()
+    cost = "--prompt-length 8 --batch-size 1 --repeats 2 --new-tokens 1".split()
+    evaluate.main([*asked, "--dataset", flags[3], *cost])
 
 
 @pytest.mark.parametrize(

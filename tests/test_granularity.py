@@ -321,8 +321,15 @@ def test_tuning_does_not_depend_on_how_a_step_is_cut_up(granularity, estimator):
         model, log = build_gated(granularity).requires_grad_(False), []
         for router in routers(model):
             router.weight.data.div_(8)
-        args = settings(steps=2, batch_size=8, micro_batch_size=size, estimator=estimator, lr=0.01,
-                        granularity=granularity, logit_weight=0.5)  # fmt: skip
+        args = settings(
+            steps=2,
+            batch_size=8,
+            micro_batch_size=size,
+            estimator=estimator,
+            lr=0.01,
+            granularity=granularity,
+            logit_weight=0.5,
+        )
         with recorded_gradients(model) as gradients:
             tune.tune(model, examples(), args, report=lambda *step, log=log: log.append(step[1:3]))
         found.append((torch.tensor(log), torch.stack(gradients[0])))
@@ -377,13 +384,33 @@ def test_what_cannot_be_left_out_is_refused():
 @torch.no_grad()
 def test_a_multimodal_wrapper_does_not_hide_padding_or_the_prompt(granularity):
     """Gemma 3's gives its text model masks that are made already, and embeddings."""
-    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 8, "patch_size": 4}  # fmt: skip
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     torch.manual_seed(0)
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, image_token_index=63,
-                                       mm_tokens_per_image=4, boi_token_index=61, eoi_token_index=62)  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=63,
+        mm_tokens_per_image=4,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     add_mindskip(model, MindSkipConfig(ROUTED, granularity))
     for router in routers(model):
@@ -415,8 +442,15 @@ def test_keys_and_values_may_differ_in_size(granularity):
         "qk_rope_head_dim": 8,
         "v_head_dim": 8,
     }
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
-               "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 6}  # fmt: skip
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 6,
+    }
     config = transformers.DeepseekV3Config(**SHAPE | {"num_key_value_heads": 4} | sizes | experts)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     add_mindskip(model, MindSkipConfig(ROUTED, granularity))

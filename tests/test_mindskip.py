@@ -691,11 +691,20 @@ def test_attaching_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"layers": (0, 1)}, {"layers": ()}, {"layers": (2, 2)}, {"layers": (-1,)}, {"layers": (1.5,)},
-     {"layers": (1,), "capacity": 1.5}, {"layers": (1,), "capacity": -0.1}, {"layers": (1,), "capacity": "half"},
-     {"layers": (1,), "capacity": float("nan")}, {"layers": (1,), "threshold": 2},
-     {"layers": (1,), "granularity": "mlp"}],
-)  # fmt: skip
+    [
+        {"layers": (0, 1)},
+        {"layers": ()},
+        {"layers": (2, 2)},
+        {"layers": (-1,)},
+        {"layers": (1.5,)},
+        {"layers": (1,), "capacity": 1.5},
+        {"layers": (1,), "capacity": -0.1},
+        {"layers": (1,), "capacity": "half"},
+        {"layers": (1,), "capacity": float("nan")},
+        {"layers": (1,), "threshold": 2},
+        {"layers": (1,), "granularity": "mlp"},
+    ],
+)
 def test_bad_configurations_are_refused(arguments):
     with pytest.raises(ValueError):
         MindSkipConfig(**arguments)
