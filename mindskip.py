@@ -410,7 +410,7 @@ class Call(NamedTuple):
         return mask
 
     def cache(self, kwargs: dict) -> Cache | None:
-        """The KV cache, which decoder layers and attention are given, but no MLP: looked for once in a call."""
+        """The KV cache, which decoder layers and attention are given, but no MLP: found once in a call."""
         if self.given.get("kv cache") is None:
             self.given["kv cache"] = kv_cache(kwargs)
         return self.given["kv cache"]

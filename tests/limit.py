@@ -2,10 +2,10 @@
 
     python tests/limit.py      # one thread, half an hour to an hour
 
-On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out, too). A
-share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four and eight rows that
-disagree, with the shape of SmolLM2-135M, and what a step of tune.py takes in forward passes of the dense model over
-as many rows.
+On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out,
+too). A share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four and
+eight rows that disagree, with the shape of SmolLM2-135M, and what a step of tune.py takes in forward passes
+of the dense model over as many rows.
 """
 
 import argparse
@@ -65,9 +65,10 @@ def three_models(stack: ExitStack, granularity: str) -> list[torch.nn.Module]:
 
 
 def three_that_differ(stack: ExitStack, count: int) -> list[torch.nn.Module]:
-    """The same for rows that disagree: each of 15 routed layers, of 30, is closed for half of them, drawn anew.
+    """The same for rows that disagree: each of 15 routed layers, of 30, is closed for half of them.
 
-    Removed: attention and its norm see the other half. Its weights are read, and its keys kept. This is the bound.
+    Which half is drawn for each layer. Removed: attention and its norm see the other half; weights are read
+    for it, and its keys kept. This is the bound.
     """
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
@@ -111,8 +112,8 @@ def time_shares(
 ) -> dict[str, dict]:
     """CPU time of one thread: shares of the ideal gain, for `rows` prompts at a time. build: makes three models.
 
-    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets all. Each
-    begins as often as the others: the first one finds other things in the processor's caches.
+    Three copies of one model take turns, in decoding at every token, so that a drift of the machine meets
+    all. Each begins as often as the others: the first one finds other things in the processor's caches.
     """
     times, prompt = {"prefill": [], "decode": []}, torch.arange(rows * length).view(rows, length)
     with ExitStack() as stack:
