@@ -29,7 +29,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -244,7 +244,7 @@ class _Gated(_Mixin):
             kwargs["attention_mask"] = mask
         output = self.compute(x, kwargs)
         gate = gate[..., None].to(output.dtype)  # (B, U, 1)
-        return output * gate + self.nothing(hidden) * (1 - gate)
+        return output * gate + self.nothing(hidden, output.dtype) * (1 - gate)
 
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
@@ -353,15 +353,15 @@ def take_tokens(value, index: Tensor, tokens: int):
 
 
 def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """The attention mask (R, 1, Q, K) of kept tokens: each sees itself, and those before it that are there.
+    """The attention mask (R, 1, Q, K) of kept tokens: each sees itself, and what is there of what it may see.
 
     mask: (R or 1, 1, T, S), of all tokens; None: causality. queries (R, Q), keys (R, K): places in a sequence
     of `total` tokens, -1 for a void column. is_there: (R, K) bool.
     """
     queries, keys, is_there = queries[..., None], keys[:, None], is_there[:, None]
-    is_seen = (is_there & (keys < queries) | (keys == queries))[:, None]  # (R, 1, Q, K)
     if mask is None:
-        return is_seen
+        return (is_there & (keys < queries) | (keys == queries))[:, None]
+    is_seen = (is_there | (keys == queries))[:, None]  # (R, 1, Q, K)
     rows = torch.arange(len(keys), device=mask.device)[:, None, None]
     queries, keys = queries - total + mask.shape[2], keys - total + mask.shape[3]  # a window has fewer keys
     mask = mask.expand(len(keys), -1, -1, -1)[rows, :, queries, keys.clamp(0)].movedim(-1, 1)
@@ -375,6 +375,7 @@ _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thre
 class Call(NamedTuple):
     """What tells who votes in one forward pass."""
 
+    routing: MindSkipConfig  # that of its model and decoder: one object, by which they know each other
     voters: Tensor | None  # (B, T) bool, if the user or the labels tell
     prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
     given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
@@ -427,7 +428,9 @@ class _RoutedModel(_Mixin):
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
-        for name in () if self.training else _GATED[self.granularity.split("-")[0]].outputs:
+        if outer and outer.routing is not self.routing:  # of another model, which calls this one
+            outer = None
+        for name in () if self.training else _GATED[self.routing.granularity.split("-")[0]].outputs:
             if kwargs.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{name}: what a gate skips gives none")
         if self.training and (cache := kv_cache(kwargs)) and cache.get_seq_length() > 0:
@@ -448,13 +451,16 @@ class _RoutedModel(_Mixin):
         given = dict(kwargs)
         if outer and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made by a multimodal wrapper
             given["attention_mask"] = outer.given.get("attention_mask")
-        return Call(voters, prompt, given).run(super().__call__, **kwargs)
+        return Call(self.routing, voters, prompt, given).run(super().__call__, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        if (kwargs.get("guidance_scale") or settings.guidance_scale or 1) != 1:
+            raise ValueError("guidance_scale: the negative prompt would be read as this one")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
-        return Call(None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
+        return Call(self.routing, None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
 
 
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self
@@ -512,9 +518,9 @@ class _RoutedCacheLayer(CacheLayerMixin):
 
     def note(self, gate: Tensor, fixed) -> None:
         """Store a decision, and which rows run."""
-        rows = [i for i, is_kept in enumerate((gate > 0).any(1).tolist()) if is_kept]
-        self.gate, self.fixed, self.count = gate, fixed, len(rows)
-        self.rows = torch.tensor(rows, dtype=torch.long, device=gate.device)
+        self.gate, self.fixed = gate, fixed
+        self.rows = (gate > 0).any(1).nonzero()[:, 0]  # a device is waited for: Python must know how many
+        self.count = len(self.rows)
 
     def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
         """The attention mask (R, 1, K, columns) of tokens `index` (R, K), whose keys are kept from now on."""
@@ -660,7 +666,7 @@ def add_mindskip(model: nn.Module, config: MindSkipConfig) -> nn.Module:
     for sublayer, added in gated.items():
         sublayer.router, sublayer.own_norm = added
     _mix_in(mixins)
-    model.granularity = decoder.granularity = config.granularity
+    model.routing = decoder.routing = replace(config)  # an object of this model's own
     return model
 
 
@@ -670,7 +676,7 @@ def remove_mindskip(model: nn.Module) -> nn.Module:
         _mix_in({module: None})
         if isinstance(getattr(module, "router", None), Router):
             del module.router, module.own_norm
-        vars(module).pop("granularity", None)
+        vars(module).pop("routing", None)
     return model
 
 

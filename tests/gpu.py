@@ -1,7 +1,13 @@
-"""What has not been run yet, for want of a GPU: time at the shape of Llama-3-8B, and the scripts on CUDA.
+"""Time at the shape of Llama-3-8B on a GPU, and the scripts on CUDA.
 
-    python tests/gpu.py                     # about an hour on one GPU of 80 GB; JSON goes to runs/gpu
+    python tests/gpu.py                     # all parts: about ten minutes on an H100; JSON goes to runs/gpu
+    python tests/gpu.py what-if             # one of them
     python tests/gpu.py --tiny              # the same commands at a tiny shape, on any machine, to see that they run
+
+    what-if     prefill and decoding of the 8 B shape, against dense, removed and multiply
+    demo        tune.py and evaluate.py, as in README
+    1b, 8b      README's commands for a real model, on a checkpoint of that shape that is made here: tuning with both
+                estimators, 20 steps on data like Alpaca's, then evaluation
 
 Weights are random and gates are fixed: times are real, texts are not. The paper reports 1.21x for prompts and answers
 of its benchmarks on Llama-3-8B.
@@ -9,11 +15,13 @@ of its benchmarks on Llama-3-8B.
 
 import argparse
 import json
+import random
 import sys
 import time
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +30,7 @@ sys.path[:0] = [str(HERE.parent)]
 import evaluate  # noqa: E402
 import tune  # noqa: E402
 
+PARTS = ["what-if", "demo", "1b", "8b"]
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
@@ -57,6 +66,17 @@ def checkpoint(name: str, dtype: torch.dtype) -> str:
     return folder
 
 
+def instructions() -> str:
+    """A file like Alpaca's: 64 examples of about 200 tokens (the demo's tokenizer: a token for each letter)."""
+    path, draw = Path("runs/gpu/instructions.jsonl"), random.Random(0).choices
+    rows = [
+        {"instruction": "".join(draw("abcdef", k=30)), "output": "".join(draw("abcdef", k=30))}
+        for _ in range(64)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def what_if(shape: str, lengths: str, batches: str, *flags: str) -> dict:
     output = Path("runs/gpu", f"what-if {' '.join(flags)} {lengths} {batches}".replace("/", "_"))
     sizes = ["--prompt-length", lengths, "--batch-size", batches]
@@ -74,32 +94,53 @@ def timed(main, *flags: str) -> dict:
     return {"command": flags, "seconds": time.perf_counter() - start, "peak_gib": peak}
 
 
+def run(part: str, is_tiny: bool):
+    """What one part found, for the JSON."""
+    few = ("--repeats", "2", "--prompt-length", "16,32") if is_tiny else ()
+    if part == "what-if":
+        shape, *lengths = (
+            ("tiny", "16", "16,32", "64") if is_tiny else ("8b", "512", "512,2048,8192", "32768")
+        )
+        return {
+            f"{kind}, {length} tokens, {batch} at a time": what_if(
+                shape, length, batch, "--attn-implementation", kind, "--repeats", "2" if is_tiny else "5"
+            )
+            for kind, length, batch in (
+                ("sdpa", lengths[1], "1"),
+                ("sdpa", lengths[0], "8,32"),
+                ("sdpa", lengths[2], "1"),
+                ("eager", lengths[1], "1"),
+                ("eager", lengths[0], "8,32"),
+            )
+        }
+    if part == "demo":
+        tuned = timed(tune.main, "--name", "gpu-demo", "--overwrite", "--steps", "5" if is_tiny else "1500")
+        return [tuned, timed(evaluate.main, "--routers", "runs/gpu-demo", *few)]
+    shape, name, found = "tiny" if is_tiny else part, f"gpu-{part}", []
+    model = ("--model", checkpoint(shape, torch.bfloat16), "--dtype", "bfloat16", "--dataset", instructions())
+    for estimator in ("straight-through", "rloo"):
+        flags = ("--steps", "5" if is_tiny else "20", "--estimator", estimator, "--micro-batch-size", "1")
+        found.append(timed(tune.main, *model, *flags, "--name", name, "--overwrite"))
+        lines = Path("runs", name, "log.jsonl").read_text().splitlines()
+        seconds = [json.loads(line)["seconds"] for line in lines]
+        found[-1]["seconds a step"] = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    splits = ("--split", "train", "--micro-batch-size", "8", "--routers", f"runs/{name}")
+    found.append(timed(evaluate.main, *model, *splits, *(few or ("--prompt-length", "512"))))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {PARTS}; none: all")
     parser.add_argument("--tiny", action="store_true", help="only see whether all of this runs")
-    is_tiny = parser.parse_args().tiny
-    big, middle, repeats = ("tiny", "tiny", "2") if is_tiny else ("8b", "1b", "5")
-    lengths = ("16", "32") if is_tiny else ("512,2048,8192", "32768")
+    args = parser.parse_args()
+    if wrong := set(args.parts) - set(PARTS):
+        parser.error(f"{wrong}: parts are {PARTS}")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    found = {"device": name, "torch": torch.__version__, "what_if": {}, "commands": []}
-    for attention in ("sdpa", "eager"):
-        flags = ("--attn-implementation", attention, "--repeats", repeats)
-        found["what_if"][f"{attention}, one prompt"] = what_if(big, lengths[0], "1", *flags)
-        found["what_if"][f"{attention}, batches"] = what_if(big, lengths[0].split(",")[0], "8,32", *flags)
-    found["what_if"]["sdpa, long"] = what_if(
-        big, lengths[1], "1", "--attn-implementation", "sdpa", "--repeats", repeats
-    )
-    steps = ("--steps", "5" if is_tiny else "1500", "--overwrite")
-    found["commands"].append(timed(tune.main, "--name", "gpu-demo", *steps))
-    cost = ("--repeats", "2", "--prompt-length", lengths[0])
-    found["commands"].append(timed(evaluate.main, "--routers", "runs/gpu-demo", *(cost if is_tiny else ())))
-    for shape, steps in ((middle, "20"), (big, "20")):
-        model = ("--model", checkpoint(shape, torch.bfloat16), "--dtype", "bfloat16", "--max-samples", "64")
-        for estimator in ("rloo", "straight-through"):
-            run = ("--steps", steps, "--estimator", estimator, "--micro-batch-size", "1", "--overwrite")
-            found["commands"].append(timed(tune.main, *model, *run, "--name", f"gpu-{shape}"))
-        found["commands"].append(timed(evaluate.main, *model, *cost, "--routers", f"runs/gpu-{shape}"))
-    evaluate.write_json(found, Path("runs/gpu/results.json"))
+    for part in args.parts or PARTS:
+        found = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+        found["found"] = run(part, args.tiny)
+        evaluate.write_json(found, Path(f"runs/gpu/{part}.json"))
     print("the tests on this device: python -m pytest tests/test_cuda.py")
 
 

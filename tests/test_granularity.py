@@ -43,11 +43,12 @@ def build_gated(granularity: str, family: str = "llama", **changes) -> torch.nn.
     return model
 
 
-def thinned(model, ids: torch.Tensor, gates: dict[int, torch.Tensor], what: str) -> torch.Tensor:
+def thinned(model, ids: torch.Tensor, gates: dict[int, torch.Tensor], what: str, sees=None) -> torch.Tensor:
     """An independent reference, Llama alone: one row, by hand; in a routed layer, skipped tokens aren't there.
 
-    gates: {layer: (T,) bool}.
+    gates: {layer: (T,) bool}. sees: (T, T) bool, what a token may see; None: itself and those before it.
     """
+    sees = torch.ones(ids.shape[1], ids.shape[1]).tril().bool() if sees is None else sees
     decoder = model.model
     hidden = decoder.embed_tokens(ids)
     cos, sin = decoder.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
@@ -56,9 +57,10 @@ def thinned(model, ids: torch.Tensor, gates: dict[int, torch.Tensor], what: str)
     def attend(layer, x, at):
         normed = layer.input_layernorm(x[:, at])
         if len(at):
-            mask = torch.ones(len(at), len(at)).tril().bool()[None, None]
             x[:, at] += layer.self_attn(
-                hidden_states=normed, position_embeddings=(cos[:, at], sin[:, at]), attention_mask=mask
+                hidden_states=normed,
+                position_embeddings=(cos[:, at], sin[:, at]),
+                attention_mask=sees[at][:, at][None, None],
             )[0]
 
     def transform(layer, x, at):
@@ -98,6 +100,33 @@ def test_a_row_equals_the_reference_in_which_skipped_tokens_are_not_there(granul
         if any(not gate.all() for gate in gates.values()):
             assert (found - dense).abs().max() > 0.01  # a skipped one shows
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("granularity", ["attention-token", "block-token"])
+@torch.no_grad()
+def test_a_mask_that_lets_tokens_look_ahead_is_followed(granularity):
+    """As for a prefix, or the tokens of an image: they see each other, later ones too."""
+    model, ids, sees = build_gated(granularity), tokens(rows=1), torch.ones(20, 20).tril().bool()
+    sees[:12, :12] = True
+    given = {"attention_mask": sees[None, None], "voters": torch.ones_like(ids).bool(), "use_cache": False}
+    found, gates = model(ids, **given).logits, {i: gate[0] for i, gate in decisions(model).items()}
+    assert 0 < keep_ratio(model) < 1
+    torch.testing.assert_close(model.train()(ids, **given).logits, found, **CLOSE)
+    remove_mindskip(model.eval())
+    what = granularity.split("-")[0]
+    torch.testing.assert_close(found, thinned(model, ids, gates, what, sees), **CLOSE)
+    assert (found - thinned(model, ids, gates, what)).abs().max() > 0.01  # to look ahead shows
+
+
+@pytest.mark.parametrize("granularity", ["attention-sequence", "mlp-sequence", "block-sequence"])
+@torch.no_grad()
+def test_training_and_evaluation_agree_under_autocast_to_the_last_bit(granularity, family):
+    model, ids = build_gated(granularity, family), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gates = model(ids, use_cache=False).logits, last(model, "gate")
+        masked = model.train()(ids, use_cache=False).logits
+    assert 0 < keep_ratio(model) < 1 and torch.equal(last(model, "gate"), gates)
+    assert torch.equal(masked, found)
 
 
 @pytest.mark.parametrize("granularity", OTHERS)

@@ -328,6 +328,36 @@ def test_a_routed_call_inside_another_keeps_its_own_voters():
     assert not torch.equal(inner(ids, voters=mask == 0).logits, expected)  # who votes shows
 
 
+def test_a_routed_model_that_is_asked_while_another_generates_decides_by_its_own_prompt():
+    """As in contrastive decoding: a logits processor asks a second model, of a shorter and a longer text."""
+    outer, inner, texts = (
+        build_routed(),
+        build_routed(),
+        [tokens(length=5, seed=1), tokens(length=30, seed=2)],
+    )
+    with torch.no_grad():
+        expected = [inner(text).logits for text in texts]
+    found = []
+
+    def ask(ids, scores):
+        found.append([inner(text).logits for text in texts])
+        return scores
+
+    generate(outer, tokens(), logits_processor=transformers.LogitsProcessorList([ask]))
+    assert len(found) == 8
+    assert all(torch.equal(one, right) for logits in found for one, right in zip(logits, expected))
+
+
+@pytest.mark.parametrize("length", [12, 30])  # shorter and longer than the prompt
+def test_guidance_is_refused(length):
+    negative = {"negative_prompt_ids": tokens(length=length), "guidance_scale": 1.5}
+    with pytest.raises(ValueError, match="guidance_scale"):
+        generate(build_routed(), tokens(), **negative)
+    settings = transformers.GenerationConfig(guidance_scale=1.5, max_new_tokens=2)
+    with pytest.raises(ValueError, match="guidance_scale"):
+        build_routed().generate(tokens(), generation_config=settings)
+
+
 @torch.no_grad()
 def test_fixed_gates_need_no_voters():
     model, ids = build_routed(), tokens()
