@@ -17,8 +17,8 @@ Differs from the paper:
                  The hinge takes that of the step before, so that a step can be computed in parts.
                  With a gate for each token, the budget begins near 1 and falls (`tune`).
     calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
-    lambda, lr   0.3 (there up to 0.1) and 0.1 (1e-5), at width 128. A logit is a sum over D, so that lr
-                 should fall as D grows (this was not measured).
+    lambda, lr   0.3 (there up to 0.1) and 12.8 / D, which is 0.1 for the demo (1e-5). A logit is a sum over D:
+                 with 0.1 at every width, scores of wide models are soon 0 or 1, where they don't learn.
 """
 
 import argparse
@@ -53,6 +53,7 @@ from mindskip import MindSkipConfig, add_mindskip, capacity_loss, last, router_p
 
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 CALIBRATION = 4096  # training examples that set the threshold, and that choose static layers
+LR = 12.8  # divided by the hidden size D: the default peak of the routers' learning rate
 DRAWS = 4  # of the gates of each prompt, in a step of rloo; twice as many where each token has a gate
 FIRST_BUDGET = 0.95  # where each token has a gate: the budget of the first step, which falls to the capacity
 # What --resume can't change: the routers so far, their budget and the order of examples depend on it.
@@ -88,6 +89,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         if done:
             moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
+    peaks = LR / len(weights[0]) if args.lr is None else args.lr, args.backbone_lr
     is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
     draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -143,14 +145,14 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
-        for group, peak in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
+        for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
         # ---------------------------------------------------------------------------------------------
         state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in MOMENTS}
         state["keep"] = torch.tensor([last_keep])
-        report(step, task_loss.item(), last_keep, factor * args.lr, state)
+        report(step, task_loss.item(), last_keep, factor * peaks[0], state)
     for router in routers:
         router.drawn = None
     model.eval()
@@ -461,14 +463,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sparsity-weight", type=number(float, 0), default=0.3, metavar="LAMBDA", help="of the budget")
     add("--logit-weight", type=number(float, 0), default=0.03, metavar="MU", help="of mean(r^2); falls to 0")
     add = parser.add_argument_group("run").add_argument
-    add("--steps", type=number(int, 1), default=1500, help="optimiser steps")
+    add(
+        "--steps",
+        type=number(int, 1),
+        default=1500,
+        help="optimiser steps; 10%% warm-up, then cosine to zero",
+    )
     add("--batch-size", type=number(int, 1), default=16, help="prompts in a step, of all processes")
     add("--micro-batch-size", type=number(int, 1), help="prompts at a time in a process; None: all")
     add("--train", default="routers", choices=["routers", "all"], help="all: the backbone, too")
     add("--lora-rank", type=number(int, 1), help="train adapters, too; needs the extra `lora`")
     add("--backbone-lr", type=number(float, 0, 1), default=1e-4, help="peak, of the backbone or adapters")
     add("--gradient-checkpointing", action="store_true", help="straight-through: store fewer activations")
-    add("--lr", type=number(float, 0, 1e3), default=0.1, help="peak; 10%% warm-up, then cosine to zero")
+    add("--lr", type=number(float, 0, 1e3), help=f"peak of the routers'; None: {LR} / hidden size")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     add("--name", default="demo", help="results go to runs/NAME")
     add("--overwrite", action="store_true", help="replace the results of an earlier run of that name")

@@ -115,6 +115,21 @@ def test_tuning_is_reproducible(estimator):
     assert any(not torch.equal(a, b) for a, b in zip(first, other))
 
 
+def test_scores_of_a_wide_model_stay_as_far_from_0_and_1_as_those_of_a_narrow_one():
+    """A logit is a sum over the width, so that the default learning rate falls with it; the demo's is 0.1."""
+    largest, peaks = [], []
+    for width in (64, 1024):
+        model = add_mindskip(build(hidden_size=width).requires_grad_(False), MindSkipConfig(ROUTED))
+        rates = []
+        tune.tune(model, examples(), settings(steps=30), report=lambda *step: rates.append(step[3]))
+        with torch.no_grad():
+            tune.score(model, examples())
+        largest.append(last(model, "logit").abs().max().item())
+        peaks.append(max(rates))
+    assert largest[1] < 2 * largest[0], largest
+    assert peaks == pytest.approx([0.1 * 128 / 64, 0.1 * 128 / 1024])
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_sparsity_loss_closes_gates(estimator):
     pressed = tuned(frozen(), sparsity_weight=30.0, capacity=0.0, steps=40, estimator=estimator)
