@@ -212,8 +212,10 @@ def explain(model, tokenizer, text: str, new_tokens: int) -> None:
     if not text:
         raise ValueError("--explain: an empty prompt")
     prompt, rows = tokenizer(text, return_tensors="pt").to(model.device), {}
-    model(**prompt, use_cache=False)
     ids = prompt["input_ids"][0].tolist()
+    if tokenizer.unk_token_id in ids:
+        print(f"WARNING: the tokenizer does not know all of {text!r}")
+    model(**prompt, use_cache=False)
     for router in routers(model):
         gate = router.gate[0] > 0  # (U,)
         told = "open" if gate.all() else "closed"
@@ -632,7 +634,8 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         return write_json({"arguments": vars(args), "cost": cost}, folder / "what-if.json")
     path = Path(args.routers)
-    if not path.exists() and (args.routers.count("/") != 1 or path.suffix == ".safetensors"):
+    is_hub_id = args.routers.count("/") == 1 and path.suffix != ".safetensors" and not path.parent.is_dir()
+    if not path.exists() and not is_hub_id:
         raise ValueError(f"--routers {path}: no such file, and not a Hub id (owner/name); run tune.py first")
     with naming(f"--routers {path}"):
         described, _ = mindskip.read_routers(path)
@@ -641,17 +644,21 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = tune.from_pretrained(AutoTokenizer, args)
     base, adapter = about.get("base_model", args.model), about.get("adapter", args.adapter)
     if (base, adapter) != (args.model, args.adapter):
-        beside = f" with --adapter {adapter}" if adapter else ""
-        print(f"WARNING: these routers were tuned on {base}{beside}")
+        beside = f"with --adapter {adapter}" if adapter else "without an adapter"
+        print(f"WARNING: these routers were tuned on {base} {beside}")
+    if "step" in about:
+        print(f"UNFINISHED: routers of step {about['step']}, not calibrated; run tune.py --resume")
     if args.explain is not None:
         model = load_routers(tune.load_model(args, [{"ids": [0]}]), path)
-        for text in sys.stdin if args.explain == "-" else [args.explain]:
-            explain(model, tokenizer, text.rstrip("\n"), args.new_tokens)
+        lines = (line.rstrip("\n") for line in sys.stdin if line.strip())
+        for text in lines if args.explain == "-" else [args.explain]:
+            explain(model, tokenizer, text, args.new_tokens)
         return
     train, _ = tune.load_examples(args, "--calibration-split", tokenizer)
     train = random.Random(args.seed).sample(train, min(tune.CALIBRATION, len(train)))
     test, told = ([], args.tasks) if args.tasks else tune.load_examples(args, "--split", tokenizer)
-    tokens = 0 if args.tasks else max(args.prompt_length) + args.new_tokens  # of timed prompts
+    is_timed = not (args.tasks or args.capacity)
+    tokens = max(args.prompt_length) + args.new_tokens if is_timed else 0  # of timed prompts
     model = tune.load_model(args, train + test, tokens)
     layers, others = attach(model, path)
     beside = path if path.is_dir() else path.parent if path.exists() else f"runs/{path.name}"
@@ -659,8 +666,6 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(tune.describe(model, args))
     print(f"layers {layers} | capacity {config.capacity} | threshold {config.threshold:.4f} | {told}")
-    if "step" in about:
-        print(f"UNFINISHED: routers of step {about['step']}, not calibrated; run tune.py --resume")
     results = {"config": vars(config), "arguments": vars(args)}
     if args.tasks:
         results["tasks"] = compare_tasks(model, tokenizer, layers, others, train, manager, args)

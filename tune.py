@@ -235,7 +235,7 @@ def load_examples(args, flag: str, tokenizer) -> tuple[list[dict], str]:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {args.model}: its tokenizer has no EOS token, which ends every answer")
     with naming(f"--dataset {args.dataset}, {flag} {split}"):
-        if path.is_file():
+        if path.is_file() or path.suffix in (".json", ".jsonl", ".parquet"):
             kind = "parquet" if path.suffix == ".parquet" else "json"
             rows = (
                 datasets.load_dataset(kind, data_files=str(path), split=split) if path.stat().st_size else []

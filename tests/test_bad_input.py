@@ -199,6 +199,7 @@ TUNE = {
     "no name": (["--name", ""], nothing, "--name"),
     "the folder above": (["--name", ".."], nothing, "--name"),
     "no such dataset": (["--dataset", "nowhere"], nothing, "--dataset nowhere"),
+    "no such file": (["--dataset", "rows.jsonl"], nothing, "No such file or directory: 'rows.jsonl'"),
     "no such split": (["--split", "dev"], nothing, 'Unknown split "dev"'),
     "no such configuration": (["--dataset-config", "hard"], nothing, "hard"),
     "an empty dataset": (FILE, text(""), "--dataset rows.jsonl, --split train: no examples"),
@@ -343,6 +344,7 @@ EVALUATE = {
     "routers of a layer that is not there": ([], edit_routers(no_such_layer), "layers (2, 3, 77)"),
     "no routers": (["--routers", "nowhere"], nothing, "--routers nowhere: no such file"),
     "no such file": (["--routers", "runs/x.safetensors"], nothing, "no such file, and not a Hub id"),
+    "a run that is not there": (["--routers", "runs/nope"], halfway, "--routers runs/nope: no such file"),
     "routers on a Hub that cannot be had": (["--routers", "some/routers"], nothing, "some/routers"),
     "a truncated routers file": ([], truncated("routers.safetensors"), "holds no MindSkip routers"),
     "a foreign safetensors file": ([], foreign, "holds no MindSkip routers"),
@@ -460,6 +462,16 @@ def test_a_budget_that_is_missed_and_routers_of_another_model_are_told(folder, c
     shutil.copytree(folder / "model", folder / "copy")
     evaluate.main(["--model", "copy", *arguments[2:]])
     assert "WARNING: these routers were tuned on model" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--explain", "1+é="], ["--capacity", "0.5"]])
+def test_routers_of_an_unfinished_run_and_unknown_letters_are_told(more, folder, capfd):
+    halfway(folder)
+    arguments = ["--model", "model", "--dataset", "data", "--routers", "runs/halfway"]
+    evaluate.main([*arguments, *more])
+    told = capfd.readouterr().out
+    assert "UNFINISHED: routers of step 3, not calibrated" in told
+    assert ("does not know all of '1+é='" in told) == ("--explain" in more)
 
 
 def test_one_example_of_a_task_has_no_standard_error(folder, capfd):
