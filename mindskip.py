@@ -39,8 +39,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 GRANULARITIES = [f"{what}-{unit}" for what in ("attention", "mlp", "block") for unit in ("sequence", "token")]
 
@@ -501,10 +500,10 @@ class _RoutedLayer(_Mixin):
 
 
 # ---- Where a decision lives: with the KV cache.
-ROUTABLE = (DynamicLayer, SlidingLayer)  # a key and a value for each row and token: rows can be left out
+ROUTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # a key and a value for each token: rows can be left out
 
 
-class _RoutedCacheLayer(CacheLayerMixin):
+class _RoutedCacheLayer(DynamicLayer):
     """Mixed into a layer of a KV cache: what gates keep, and keys and values of that alone.
 
     Those of kept rows, or of kept tokens, with void columns in rows that keep fewer.
@@ -582,8 +581,7 @@ class _RoutedCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             super().reorder_cache(index)
 
-    def batch_select_indices(self, index: Tensor) -> None:
-        self.reorder_cache(index)
+    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:  # the first layer's rows are repeated already
         self.reorder_cache(torch.arange(len(self.first.keys) // repeats).repeat_interleave(repeats))
@@ -595,7 +593,7 @@ def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _Ro
     Without a cache, a layer for this call alone.
     """
     if cache is None:
-        return _mixed(_RoutedCacheLayer, DynamicLayer)()
+        return _RoutedCacheLayer()
     i, granularity = router.layer, router.config.granularity
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -606,7 +604,7 @@ def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _Ro
         if type(layer) not in ROUTABLE or not is_new or getattr(cache, "offloading", False):
             raise ValueError("routing needs a new DynamicCache, not static, not begun without routers")
         layer.granularity, layer.has_all_keys = granularity, has_all_keys
-        layer.first = next(one for one in cache.layers if isinstance(one, CacheLayerMixin))
+        layer.first = next(one for one in cache.layers if isinstance(one, DynamicLayer))
         _mix_in({layer: _RoutedCacheLayer})
     return layer
 
