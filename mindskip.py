@@ -32,7 +32,6 @@ from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -248,8 +247,8 @@ class _Gated(_Mixin):
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        needs_cache = self.skips_keys or not router.is_token  # to keep keys, or the decision of a sequence
-        memory = _routed_cache_layer(call.cache(kwargs) if needs_cache else None, router, hidden.shape[1])
+        cache = kv_cache(kwargs) if self.skips_keys else call.cache
+        memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
             gate = router.decide(hidden if x is None else self.router_input(x), call)
@@ -371,13 +370,15 @@ def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Ten
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thread has its own
 
 
-class Call(NamedTuple):
+@dataclass
+class Call:
     """What tells who votes in one forward pass."""
 
     routing: MindSkipConfig  # that of its model and decoder: one object, by which they know each other
     voters: Tensor | None  # (B, T) bool, if the user or the labels tell
     prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
     given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
+    cache: Cache | None = None  # the KV cache, which decoder layers and attention are given, but no MLP
 
     def real(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
@@ -408,12 +409,6 @@ class Call(NamedTuple):
             raise ValueError(f"rows {rows} have no token that votes: pass voters, (B, T) bool")
         self.given["votes"] = mask
         return mask
-
-    def cache(self, kwargs: dict) -> Cache | None:
-        """The KV cache, which decoder layers and attention are given, but no MLP: found once in a call."""
-        if self.given.get("kv cache") is None:
-            self.given["kv cache"] = kv_cache(kwargs)
-        return self.given["kv cache"]
 
     def run(self, function, *args, **kwargs):
         """function(*args, **kwargs), during which this is the current call."""
@@ -484,19 +479,16 @@ def current_call(module: nn.Module) -> Call:
 class _RoutedLayer(_Mixin):
     """Mixed into a decoder layer whose attention or MLP is gated: passes the current Call on to the gate.
 
-    In training, as an argument: arguments are all that gradient checkpointing keeps until it runs `forward`
-    again, in the backward pass. In evaluation it notes the KV cache, of which an MLP isn't told.
+    As an argument: arguments are all that gradient checkpointing keeps until it runs `forward` again, in the
+    backward pass.
     """
 
     def __call__(self, *args, **kwargs):
-        call = current_call(self)
-        if self.training:
-            return super().__call__(*args, call=call, **kwargs)
-        call.cache(kwargs)
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, call=current_call(self), **kwargs)
 
-    def forward(self, *args, call: Call | None = None, **kwargs):
-        return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
+    def forward(self, *args, call: Call, **kwargs):
+        call.cache = kv_cache(kwargs)
+        return call.run(super().forward, *args, **kwargs)
 
 
 # ---- Where a decision lives: with the KV cache.
@@ -590,11 +582,11 @@ class _RoutedCacheLayer(DynamicLayer):
 def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _RoutedCacheLayer:
     """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens.
 
-    Without a cache, a layer for this call alone.
+    A layer for this call alone without a cache, or where nothing is to be kept: no keys, no decision.
     """
-    if cache is None:
-        return _RoutedCacheLayer()
     i, granularity = router.layer, router.config.granularity
+    if cache is None or granularity == "mlp-token":
+        return _RoutedCacheLayer()
     while len(cache.layers) <= i:
         cache.layers.append(cache.layer_class_to_replicate())
     if getattr(layer := cache.layers[i], "granularity", None) != granularity:
