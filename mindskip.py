@@ -260,18 +260,18 @@ class _Gated(_Mixin):
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:  # no router runs, and no device is waited for
             vars(router).update(gate=memory.gate, logit=None)
-        if memory.count == 0:
+        rows, count = memory.rows, len(memory.rows)
+        if count == 0:
             return memory.nothing if self.own_norm else self.nothing(hidden)
         kept = hidden if x is None else x
-        if memory.count < batch:
-            kept = kept.index_select(0, memory.rows)  # (R, T, D)
-            several = {name: value for name, value in kwargs.items() if isinstance(value, (Tensor, tuple))}
-            kwargs |= {name: take_rows(value, memory.rows, batch) for name, value in several.items()}
+        if count < batch:
+            kept = kept.index_select(0, rows)  # (R, T, D)
+            kwargs = {name: take_rows(value, rows, batch) for name, value in kwargs.items()}
         x = self.normalise(kept) if x is None else kept
         output = self.compute_tokens(x, kwargs, memory) if router.is_token else self.compute(x, kwargs)
-        if memory.count == batch:
+        if count == batch:
             return output
-        return self.nothing(hidden, output.dtype).index_copy_(0, memory.rows, output)
+        return self.nothing(hidden, output.dtype).index_copy_(0, rows, output)
 
     def compute_tokens(self, x: Tensor, kwargs: dict, memory: "_RoutedCacheLayer") -> Tensor:
         """Only kept tokens of x (R, T, D) are computed. Rows that keep fewer begin with void columns."""
@@ -502,7 +502,7 @@ class _RoutedCacheLayer(DynamicLayer):
     """
 
     granularity, has_all_keys = None, False  # of its gates; those of MLPs leave all keys here
-    gate = rows = count = None  # (B, U), None before routing; indices of rows that keep something; how many
+    gate, rows = None, ()  # (B, U), None before routing; indices of rows that keep something
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
     places = None  # with gates for tokens: (B, columns), a key's place in the sequence, -1 where it is void
     first = None  # the cache's first layer, which knows the length even where this one is closed
@@ -511,7 +511,6 @@ class _RoutedCacheLayer(DynamicLayer):
         """Store a decision, and which rows run."""
         self.gate, self.fixed = gate, fixed
         self.rows = (gate > 0).any(1).nonzero()[:, 0]  # a device is waited for: Python must know how many
-        self.count = len(self.rows)
 
     def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
         """The attention mask (R, 1, K, columns) of tokens `index` (R, K), whose keys are kept from now on."""
@@ -528,7 +527,7 @@ class _RoutedCacheLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         # Columns don't tell it with gates for tokens, nor without a kept row (closed, or since reordered).
-        is_known = self.has_all_keys or (self.places is None and self.count)
+        is_known = self.has_all_keys or (self.places is None and len(self.rows))
         return super().get_seq_length() if is_known else self.first.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -537,7 +536,7 @@ class _RoutedCacheLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
-        is_of_gate = keys.shape[0] == self.count and (self.places is None or self.places.shape[1] == columns)
+        is_of_gate = len(keys) == len(self.rows) and (self.places is None or self.places.shape[1] == columns)
         if not is_of_gate and not self.has_all_keys:
             raise ValueError("a routed model made this KV cache: only that model can go on with it")
         if self.places is None:
