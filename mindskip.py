@@ -17,7 +17,6 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
 In evaluation mode a closed gate calls nothing and caches nothing. In training mode everything is computed and
 multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode. (The
 default estimator of tune.py runs in evaluation mode: it needs a gradient of the logits alone.)
-`add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
 x_t . w) on attention or blocks, a skipped token has no query, key or value in that layer, as in Mixture of
 Depths. So any family's attention can run on kept tokens alone. (The released code keeps skipped keys.)
@@ -610,8 +609,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def attention_layers(model: nn.Module) -> list[int]:
     """Layers whose `self_attn` caches a key and a value for each token, as linear attention does not."""
     layers, caches = getattr(decoder_of(model), "layers", ()), DynamicCache(config=model.config).layers
-    kinds = [type(one) for one in caches] or [DynamicLayer] * len(layers)
-    fit = [getattr(layer, "self_attn", None) and kind in ROUTABLE for layer, kind in zip(layers, kinds)]
+    fit = [getattr(layer, "self_attn", None) and type(one) in ROUTABLE for layer, one in zip(layers, caches)]
     return [i for i, fits in enumerate(fit) if fits]
 
 
