@@ -17,6 +17,7 @@ Paper: He et al., "Router-Tuning", arXiv 2410.13184v6. For attention F, normalis
 In evaluation mode a closed gate calls nothing and caches nothing. In training mode everything is computed and
 multiplied by its gate, so that closed gates get a gradient too. Same gates, same output, in either mode. (The
 default estimator of tune.py runs in evaluation mode: it needs a gradient of the logits alone.)
+`add_mindskip` swaps classes: the model's own modules get a class that knows the gate. Nothing is renamed.
 Differs from the paper: only prompt tokens vote, and only once, at prefill. With a gate for each token (r_t =
 x_t . w) on attention or blocks, a skipped token has no query, key or value in that layer, as in Mixture of
 Depths. So any family's attention can run on kept tokens alone. (The released code keeps skipped keys.)
