@@ -247,7 +247,7 @@ class _Gated(_Mixin):
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        cache = kv_cache(kwargs) if self.skips_keys else call.cache
+        cache = call.cache or kv_cache(kwargs)
         memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
@@ -378,7 +378,7 @@ class Call:
     voters: Tensor | None  # (B, T) bool, if the user or the labels tell
     prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
     given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
-    cache: Cache | None = None  # the KV cache, which decoder layers and attention are given, but no MLP
+    cache: Cache | None = None  # which decoder layers are given and note here: an MLP isn't given it
 
     def real(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
@@ -487,7 +487,7 @@ class _RoutedLayer(_Mixin):
         return super().__call__(*args, call=current_call(self), **kwargs)
 
     def forward(self, *args, call: Call, **kwargs):
-        call.cache = kv_cache(kwargs)
+        call.cache = call.cache or kv_cache(kwargs)
         return call.run(super().forward, *args, **kwargs)
 
 
