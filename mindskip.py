@@ -510,7 +510,8 @@ class _RoutedCacheLayer(DynamicLayer):
     def note(self, gate: Tensor, fixed) -> None:
         """Store a decision, and which rows run."""
         self.gate, self.fixed = gate, fixed
-        self.rows = gate.any(1).nonzero()[:, 0]  # a device is waited for: Python must know how many
+        rows = [i for i, is_kept in enumerate((gate > 0).any(1).tolist()) if is_kept]
+        self.rows = torch.tensor(rows, dtype=torch.long, device=gate.device)
 
     def mask(self, mask: Tensor | None, index: Tensor, is_kept: Tensor, tokens: int) -> Tensor | None:
         """The attention mask (R, 1, K, columns) of tokens `index` (R, K), whose keys are kept from now on."""
@@ -563,7 +564,7 @@ class _RoutedCacheLayer(DynamicLayer):
         if self.gate is None:
             return
         index = index.to(self.gate.device)
-        place = self.gate.any(1).cumsum(0) - 1  # of a kept row's keys
+        place = (self.gate > 0).any(1).cumsum(0) - 1  # of a kept row's keys
         self.note(self.gate[index], self.fixed)
         if self.places is not None:
             self.places = self.places[index]
