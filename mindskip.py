@@ -447,14 +447,15 @@ class _RoutedModel(_Mixin):
             given["attention_mask"] = outer.given.get("attention_mask")
         return Call(self.routing, voters, prompt, given).run(super().__call__, **kwargs)
 
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, generation_config=None, *args, **kwargs):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
-        settings = kwargs.get("generation_config") or self.generation_config
+        settings = generation_config or self.generation_config
         if (kwargs.get("guidance_scale") or settings.guidance_scale or 1) != 1:
             raise ValueError("guidance_scale: the negative prompt would be read as this one")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
-        return Call(self.routing, None, prompt, {}).run(super().generate, inputs, *args, **kwargs)
+        call = Call(self.routing, None, prompt, {})
+        return call.run(super().generate, inputs, generation_config, *args, **kwargs)
 
 
 _parameters = cache(lambda forward: list(inspect.signature(forward).parameters)[1:])  # without self

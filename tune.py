@@ -463,12 +463,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sparsity-weight", type=number(float, 0), default=0.3, metavar="LAMBDA", help="of the budget")
     add("--logit-weight", type=number(float, 0), default=0.03, metavar="MU", help="of mean(r^2); falls to 0")
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--steps",
-        type=number(int, 1),
-        default=1500,
-        help="optimiser steps; 10%% warm-up, then cosine to zero",
-    )
+    add("--steps", type=number(int, 1), default=1500, help="lr: 10%% warm-up, then cosine to zero")
     add("--batch-size", type=number(int, 1), default=16, help="prompts in a step, of all processes")
     add("--micro-batch-size", type=number(int, 1), help="prompts at a time in a process; None: all")
     add("--train", default="routers", choices=["routers", "all"], help="all: the backbone, too")

@@ -355,7 +355,7 @@ def test_guidance_is_refused(length):
         generate(build_routed(), tokens(), **negative)
     settings = transformers.GenerationConfig(guidance_scale=1.5, max_new_tokens=2)
     with pytest.raises(ValueError, match="guidance_scale"):
-        build_routed().generate(tokens(), generation_config=settings)
+        build_routed().generate(tokens(), settings)
 
 
 @torch.no_grad()
