@@ -29,7 +29,7 @@ A column is a heading and a format of a row's results. FLOPs are counted, millis
     FLOP        by formula: one prompt's prefill, and the last decode step of one row
     ms          median, for all prompts: of prefill; of one decode step
     x           median over repeats of dense time / row time in the same repeat [least most]
-    of limit    (dense time - row time) / (dense time - removed time), of medians
+    of limit    (dense time - row time) / (dense time - removed time), of medians; -: removed saves under 5%
     KV, peak    keys and values of all prompts after decoding; most memory that a prefill allocates beyond
                 the weights
 """

@@ -219,12 +219,12 @@ class _Gated(_Mixin):
     gives_weights = False  # its result is a pair, whose second value, attention weights, is not used
     outputs = ("output_router_logits",)  # what a model collects from such modules; skipped ones give none
 
-    def __call__(self, *args, **kwargs) -> Tensor | tuple:
+    def __call__(self, hidden_states: Tensor, *others, **kwargs) -> Tensor | tuple:
         """What the module gives for (B, T, D) where the gate is open, `nothing` where it is closed."""
-        hidden, *others = args or [kwargs.pop("hidden_states")]
-        kwargs |= zip(_parameters(type(self).forward)[1:], others)
+        if others:
+            kwargs |= zip(_parameters(type(self).forward)[1:], others)
         call_module = self.call_and_multiply if self.router.training else self.call_on_kept
-        output = call_module(hidden, kwargs, current_call(self))
+        output = call_module(hidden_states, kwargs, current_call(self))
         return (output, None) if self.gives_weights else output
 
     def compute(self, x: Tensor, kwargs: dict) -> Tensor:
@@ -247,7 +247,7 @@ class _Gated(_Mixin):
     def call_on_kept(self, hidden: Tensor, kwargs: dict, call: "Call") -> Tensor:
         """Only rows whose gate is open are computed; where each token has a gate, rows that keep a token."""
         router, x, batch = self.router, None, hidden.shape[0]
-        cache = call.cache or kv_cache(kwargs)
+        cache = kv_cache(kwargs) if call.cache is None else call.cache
         memory = _routed_cache_layer(cache, router, hidden.shape[1])
         if memory.gate is None or router.is_token:  # a sequence is routed once, at prefill
             x = self.normalise(hidden) if router.fixed is None else None
@@ -260,7 +260,7 @@ class _Gated(_Mixin):
             raise ValueError(f"voters {(*call.voters.shape,)} came after the prefill, or for another batch")
         else:  # no router runs, and no device is waited for
             vars(router).update(gate=memory.gate, logit=None)
-        rows, count = memory.rows, len(memory.rows)
+        rows, count = memory.rows, memory.rows.shape[0]
         if count == 0:
             return memory.nothing if self.own_norm else self.nothing(hidden)
         kept = hidden if x is None else x
@@ -329,9 +329,11 @@ class _DeferredNorm(_Mixin):
 
 def take_rows(value, rows: Tensor | slice, batch: int):
     """The kept rows of everything that has one entry for each row of the batch; the rest as it is."""
+    if isinstance(value, tuple):
+        return tuple([take_rows(item, rows, batch) for item in value])
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
         return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
-    return tuple(take_rows(item, rows, batch) for item in value) if isinstance(value, tuple) else value
+    return value
 
 
 def put_rows(kept: Tensor, rows: Tensor, batch: int, empty: int = 0) -> Tensor:
@@ -351,10 +353,10 @@ def take_tokens(value, index: Tensor, tokens: int):
 
 
 def token_mask(mask: Tensor | None, queries: Tensor, keys: Tensor, is_there: Tensor, total: int) -> Tensor:
-    """The attention mask (R, 1, Q, K) of kept tokens: each sees itself, and what is there of what it may see.
+    """The attention mask (R, 1, Q, K) of kept tokens: each sees itself, and kept ones that `mask` shows it.
 
-    mask: (R or 1, 1, T, S), of all tokens; None: causality. queries (R, Q), keys (R, K): places in a sequence
-    of `total` tokens, -1 for a void column. is_there: (R, K) bool.
+    mask: (R or 1, 1, T, S), of all tokens; None: those before it. queries (R, Q), keys (R, K): places in a
+    sequence of `total` tokens, -1 for a void column. is_there: (R, K) bool.
     """
     queries, keys, is_there = queries[..., None], keys[:, None], is_there[:, None]
     if mask is None:
@@ -374,11 +376,11 @@ _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)  # each thre
 class Call:
     """What tells who votes in one forward pass."""
 
-    routing: MindSkipConfig  # that of its model and decoder: one object, by which they know each other
+    routing: MindSkipConfig  # a model and its decoder have the same object, so that a decoder knows its call
     voters: Tensor | None  # (B, T) bool, if the user or the labels tell
     prompt: int | None  # in `generate`, how many tokens the prompt has: those after them don't vote
     given: dict  # the model's arguments: attention_mask (B, S), position_ids, ...; then "votes", once found
-    cache: Cache | None = None  # which decoder layers are given and note here: an MLP isn't given it
+    cache: Cache | None = None  # a decoder layer is given it, and notes it here for its MLP, which isn't
 
     def real(self, x: Tensor) -> Tensor:
         """(B, T) bool, for x (B, T, D): tokens that the attention mask doesn't call padding."""
@@ -422,7 +424,7 @@ class _RoutedModel(_Mixin):
 
     def __call__(self, *args, voters: Tensor | None = None, **kwargs):
         kwargs, outer = kwargs | dict(zip(_parameters(type(self).forward), args)), _CALL.get()
-        if outer and outer.routing is not self.routing:  # of another model, which calls this one
+        if outer and outer.routing is not self.routing:  # another model, which is running, asks this one
             outer = None
         for name in () if self.training else _GATED[self.routing.granularity.split("-")[0]].outputs:
             if kwargs.get(name, getattr(self.config, name, False)):
@@ -451,7 +453,7 @@ class _RoutedModel(_Mixin):
         """Only the prompt votes, however it is continued: with a cache, without, or by candidates."""
         settings = generation_config or self.generation_config
         if (kwargs.get("guidance_scale") or settings.guidance_scale or 1) != 1:
-            raise ValueError("guidance_scale: the negative prompt would be read as this one")
+            raise ValueError("guidance_scale must be 1: the negative prompt would be routed as this one")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         prompt = None if ids is None else ids.shape[1]
         call = Call(self.routing, None, prompt, {})
@@ -478,18 +480,22 @@ def current_call(module: nn.Module) -> Call:
 
 
 class _RoutedLayer(_Mixin):
-    """Mixed into a decoder layer whose attention or MLP is gated: passes the current Call on to the gate.
+    """Mixed into a decoder layer whose attention or MLP is gated: notes the KV cache for the gate.
 
-    As an argument: arguments are all that gradient checkpointing keeps until it runs `forward` again, in the
-    backward pass.
+    In training it passes the current Call on as an argument: arguments are all that gradient checkpointing
+    keeps until it runs `forward` again, in the backward pass.
     """
 
     def __call__(self, *args, **kwargs):
-        return super().__call__(*args, call=current_call(self), **kwargs)
+        call = current_call(self)
+        if call.cache is None:
+            call.cache = kv_cache(kwargs)
+        if self.training:
+            kwargs["call"] = call
+        return super().__call__(*args, **kwargs)
 
-    def forward(self, *args, call: Call, **kwargs):
-        call.cache = call.cache or kv_cache(kwargs)
-        return call.run(super().forward, *args, **kwargs)
+    def forward(self, *args, call: Call | None = None, **kwargs):
+        return call.run(super().forward, *args, **kwargs) if call else super().forward(*args, **kwargs)
 
 
 # ---- Where a decision lives: with the KV cache.
@@ -503,7 +509,7 @@ class _RoutedCacheLayer(DynamicLayer):
     """
 
     granularity, has_all_keys = None, False  # of its gates; those of MLPs leave all keys here
-    gate, rows = None, ()  # (B, U), None before routing; indices of rows that keep something
+    gate, rows = None, torch.empty(0)  # (B, U), None before routing; indices of rows that keep something
     fixed = nothing = None  # gates that overruled the router; what closed attention gives
     places = None  # with gates for tokens: (B, columns), a key's place in the sequence, -1 where it is void
     first = None  # the cache's first layer, which knows the length even where this one is closed
@@ -537,9 +543,11 @@ class _RoutedCacheLayer(DynamicLayer):
         return super().get_mask_sizes(query_length)
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
-        is_of_gate = len(keys) == len(self.rows) and (self.places is None or self.places.shape[1] == columns)
-        if not is_of_gate and not self.has_all_keys:
+        is_of_gate = self.has_all_keys or keys.shape[0] == self.rows.shape[0]
+        if self.places is not None:
+            columns = keys.shape[2] + (self.keys.shape[2] if self.is_initialized else 0)
+            is_of_gate = is_of_gate and self.places.shape[1] == columns
+        if not is_of_gate:
             raise ValueError("a routed model made this KV cache: only that model can go on with it")
         if self.places is None:
             return super().update(keys, values, *args, **kwargs)
@@ -583,7 +591,8 @@ class _RoutedCacheLayer(DynamicLayer):
 def _routed_cache_layer(cache: Cache | None, router: Router, tokens: int) -> _RoutedCacheLayer:
     """The cache's layer of this router, made a routed one at its first use, in a call of `tokens` tokens.
 
-    A layer for this call alone without a cache, or where nothing is to be kept: no keys, no decision.
+    A layer for this call alone, if there is no cache, or nothing to keep: tokens of an MLP have no keys, and
+    are routed at each call.
     """
     i, granularity = router.layer, router.config.granularity
     if cache is None or granularity == "mlp-token":

@@ -17,8 +17,8 @@ Differs from the paper:
                  The hinge takes that of the step before, so that a step can be computed in parts.
                  With a gate for each token, the budget begins near 1 and falls (`tune`).
     calibration  At the end, the threshold becomes the quantile of scores that opens `capacity` of the gates.
-    lambda, lr   0.3 (there up to 0.1) and 12.8 / D, which is 0.1 for the demo (1e-5). A logit is a sum over D:
-                 with 0.1 at every width, scores of wide models are soon 0 or 1, where they don't learn.
+    lambda, lr   0.3 (there up to 0.1), and 12.8 / D, which is 0.1 for the demo (there 1e-5). A logit is a sum
+                 over D: with 0.1, scores of wide models are soon 0 or 1, where they don't learn.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
         if done:
             moments = {name: state[name][i].to(weight.device) for name in MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
-    peaks = LR / len(weights[0]) if args.lr is None else args.lr, args.backbone_lr
+    lr = LR / len(weights[0]) if args.lr is None else args.lr
     is_drawn, is_token, warmup = args.estimator == "rloo", routers[0].is_token, max(1, args.steps // 10)
     draws = DRAWS * (1 + is_token) if is_drawn else 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -145,14 +145,14 @@ def tune(model, examples: list[dict], args, done: int = 0, state=None, report=la
             raise FloatingPointError(f"step {step}: loss or gradient not finite; try another --lr or --dtype")
         last_keep, progress = opened.item() / count, (step - warmup) / (args.steps + 1 - warmup)
         factor = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))  # warm-up, then cosine
-        for group, peak in zip(optimizer.param_groups, peaks):
+        for group, peak in zip(optimizer.param_groups, (lr, args.backbone_lr)):
             group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
         # ---------------------------------------------------------------------------------------------
         state = {name: torch.stack([optimizer.state[w][name].cpu() for w in weights]) for name in MOMENTS}
         state["keep"] = torch.tensor([last_keep])
-        report(step, task_loss.item(), last_keep, factor * peaks[0], state)
+        report(step, task_loss.item(), last_keep, factor * lr, state)
     for router in routers:
         router.drawn = None
     model.eval()

@@ -1,6 +1,6 @@
 """Time at the shape of Llama-3-8B on a GPU, and the scripts on CUDA.
 
-    python tests/gpu.py                     # all parts: about ten minutes on an H200; JSON goes to runs/gpu
+    python tests/gpu.py                     # all parts: nine minutes on an H200 without 1b; JSON goes to runs/gpu
     python tests/gpu.py what-if             # one of them
     python tests/gpu.py --tiny              # the same commands at a tiny shape, on any machine, to see that they run
 

@@ -330,11 +330,9 @@ def test_a_routed_call_inside_another_keeps_its_own_voters():
 
 def test_a_routed_model_that_is_asked_while_another_generates_decides_by_its_own_prompt():
     """As in contrastive decoding: a logits processor asks a second model, of a shorter and a longer text."""
-    outer, inner, texts = (
-        build_routed(),
-        build_routed(),
-        [tokens(length=5, seed=1), tokens(length=30, seed=2)],
-    )
+    outer, inner = build(), build_routed()
+    add_mindskip(outer, routers(inner)[0].config)  # the same configuration doesn't make it the same model
+    texts = [tokens(length=5, seed=1), tokens(length=30, seed=2)]
     with torch.no_grad():
         expected = [inner(text).logits for text in texts]
     found = []
@@ -353,9 +351,12 @@ def test_guidance_is_refused(length):
     negative = {"negative_prompt_ids": tokens(length=length), "guidance_scale": 1.5}
     with pytest.raises(ValueError, match="guidance_scale"):
         generate(build_routed(), tokens(), **negative)
-    settings = transformers.GenerationConfig(guidance_scale=1.5, max_new_tokens=2)
+    settings, model = transformers.GenerationConfig(guidance_scale=1.5, max_new_tokens=2), build_routed()
     with pytest.raises(ValueError, match="guidance_scale"):
-        build_routed().generate(tokens(), settings)
+        model.generate(tokens(), settings)
+    model.generation_config.guidance_scale = 1.5  # the model's own
+    with pytest.raises(ValueError, match="guidance_scale"):
+        generate(model, tokens())
 
 
 @torch.no_grad()
