@@ -1,6 +1,6 @@
 """How much of the ideal saving is reached: gates that routers close, against what they skip cut out.
 
-    python tests/limit.py      # one thread, half an hour to an hour
+    python tests/limit.py      # one thread, 20 minutes to an hour
 
 On a random Llama of width 512 and 8 layers, for each granularity (of attention, the layer norm is cut out,
 too). A share of 1 means that a closed gate, and its router, cost nothing at all. Then the same for four and
